@@ -1,0 +1,133 @@
+"""Every op once, in plain differentiable torch: the specification, the tests' oracle and the `torch` backend.
+
+Image-like tensors are logical NCHW in any memory format. Statistics and softmax are computed in at least float32
+(float64 for float64 tensors); results come back in the dtype of the first input.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def _upcast(x: Tensor) -> Tensor:
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _per_channel(p: Tensor, like: Tensor) -> Tensor:
+    """(C,) or (B, C) → broadcastable against (B, C, H, W), in the dtype of `like`."""
+    return p.to(like.dtype)[..., None, None]
+
+
+def group_norm_silu(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, act: str = "silu"
+) -> Tensor:
+    """act(GroupNorm(x)) over (B, C, H, W); `act` is "silu" or "none". Source: diffusers ResnetBlock2D's norm + SiLU.
+
+    Raises ValueError for another `act` or when `num_groups` does not divide C.
+    """
+    if act not in ("silu", "none"):
+        raise ValueError(f'group_norm_silu: act must be "silu" or "none", got {act!r}')
+    if x.shape[1] % num_groups:
+        raise ValueError(f"group_norm_silu: {num_groups} groups do not divide the {x.shape[1]} channels")
+    h = _upcast(x)
+    affine = (None if p is None else p.to(h.dtype) for p in (weight, bias))
+    y = F.group_norm(h, num_groups, *affine, eps)
+    return (F.silu(y) if act == "silu" else y).to(x.dtype)
+
+
+def layer_norm_2d(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-6, residual: Tensor | None = None
+):
+    """LayerNorm over the channels of each pixel of (B, C, H, W): Sim-VAE's norm.
+
+    With a residual the sum is normalised and both are returned: (x + residual, y).
+    """
+    if residual is not None:
+        x = x + residual
+    # For a channels-last x this view is contiguous: PyTorch's own kernel, float32 inside, no copy.
+    y = F.layer_norm(
+        x.permute(0, 2, 3, 1),
+        (x.shape[1],),
+        None if weight is None else weight.to(x.dtype),
+        None if bias is None else bias.to(x.dtype),
+        eps,
+    ).permute(0, 3, 1, 2)
+    return y if residual is None else (x, y)
+
+
+def rms_norm_2d(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / sqrt(mean over channels of x² + eps) · weight over (B, C, H, W); weight is (C,) or (B, C)."""
+    h = _upcast(x)
+    y = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + eps)
+    return (y if weight is None else y * _per_channel(weight, y)).to(x.dtype)
+
+
+def ada_rms_norm_2d(x: Tensor, scale: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
+    """rms(x) · (1 + scale) over (B, C, H, W) with scale (B, C): LooUFormer's and HDiT's adaptive norm.
+
+    With a residual the sum is normalised and both are returned: (x + residual, y).
+    """
+    if residual is not None:
+        x = x + residual
+    y = rms_norm_2d(x, 1 + _upcast(scale), eps)
+    return y if residual is None else (x, y)
+
+
+def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate element a with element a + r of the last dimension, a < r = cos.shape[-1]; the rest stays as it is.
+
+    cos and sin broadcast against (..., r). Source: k-diffusion's apply_rotary_emb.
+    """
+    r = cos.shape[-1]
+    a, b = _upcast(x[..., :r]), _upcast(x[..., r : 2 * r])
+    return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * r :]], dim=-1)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    """softmax(q kᵀ · scale) v over (B, heads, L, D); scale defaults to D**-0.5."""
+    return F.scaled_dot_product_attention(q, k, v, scale=scale)
+
+
+def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """softmax(q kᵀ · scale + bias + mask) v over (B · windows, heads, L, D): SwinIR's window attention.
+
+    bias (heads, L, L) is added to every window, mask (windows, L, L), if any, to every head of its window.
+    """
+    logits = (q * scale) @ k.transpose(-2, -1) + bias.to(q.dtype)
+    if mask is not None:
+        logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(q.dtype)).flatten(0, 1)
+    return _upcast(logits).softmax(dim=-1).to(v.dtype) @ v
+
+
+def window_starts(length: int, kernel_size: int) -> list[int]:
+    """First key of every query's neighborhood along one axis: shifted at the borders, never padded or cut."""
+    return [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
+
+
+def neighborhood_attention_2d(
+    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float | None = None
+) -> Tensor:
+    """Each query attends to exactly kernel_size x kernel_size keys around it; (B, H, W, heads, D) in and out.
+
+    Same result as NATTEN's na2d with dilation 1. kernel_size is odd and at most min(H, W), else ValueError.
+    The rows of a neighborhood are gathered, its columns are picked by a mask: memory is kernel_size times the input.
+    """
+    H, W = q.shape[1:3]
+    if kernel_size % 2 == 0 or kernel_size < 1:
+        raise ValueError(f"neighborhood_attention_2d: kernel_size must be odd and positive, got {kernel_size}")
+    if kernel_size > min(H, W):
+        raise ValueError(
+            f"neighborhood_attention_2d: kernel_size {kernel_size} is larger than the {H}x{W} map; use a larger image"
+        )
+    offsets = torch.arange(kernel_size, device=q.device)
+    rows = torch.tensor(window_starts(H, kernel_size), device=q.device)[:, None] + offsets  # (H, K)
+    first = torch.tensor(window_starts(W, kernel_size), device=q.device)[:, None]
+    columns = torch.arange(W, device=q.device)
+    seen = (columns >= first) & (columns < first + kernel_size)  # (W query, W key)
+
+    def keys(x):  # (B, H, W, heads, D) → (B, H, heads, K * W, D)
+        return x[:, rows].permute(0, 1, 4, 2, 3, 5).flatten(3, 4)
+
+    mask = seen.repeat(1, kernel_size)  # (W, K * W)
+    out = F.scaled_dot_product_attention(q.transpose(2, 3), keys(k), keys(v), attn_mask=mask, scale=scale)
+    return out.transpose(2, 3)

@@ -1,0 +1,172 @@
+"""Layers that more than one network uses. A layer owns parameters and their official names; arithmetic is an op's."""
+
+import math
+
+import lpmrf_kernels as ops
+import torch
+from lpmrf_kernels import reference
+from torch import Tensor, nn
+
+
+def zero_(layer: nn.Module) -> nn.Module:
+    """Set weight and bias to zero, so that the branch that ends here starts as nothing."""
+    nn.init.zeros_(layer.weight)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
+    return layer
+
+
+class KeepsFloat32(nn.Module):
+    """A module whose buffers stay at least float32 when the model is cast: frequencies multiply large numbers."""
+
+    def _apply(self, fn, recurse=True):
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, buffer in self._buffers.items():
+            if buffer.dtype in (torch.float16, torch.bfloat16):
+                self._buffers[name] = before[name].to(buffer.device)
+        return self
+
+
+class LayerNorm2d(nn.Module):
+    """LayerNorm over the channels of each pixel of (B, C, H, W)."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.layer_norm_2d(x, self.weight, self.bias, self.eps)
+
+
+class GroupNorm(nn.Module):
+    """GroupNorm of (B, C, H, W), optionally followed by SiLU in the same pass (`act`)."""
+
+    def __init__(self, num_groups: int, channels: int, eps: float = 1e-6, act: str = "none"):
+        super().__init__()
+        if channels % num_groups:
+            raise ValueError(f"GroupNorm: {num_groups} groups do not divide {channels} channels")
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.bias = nn.Parameter(torch.zeros(channels))
+        self.num_groups, self.eps, self.act = num_groups, eps, act
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.group_norm_silu(x, self.num_groups, self.weight, self.bias, self.eps, self.act)
+
+
+class RMSNorm2d(nn.Module):
+    """RMSNorm over the channels of each pixel of (B, C, H, W), with a learned weight."""
+
+    def __init__(self, channels: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return reference.rms_norm_2d(x, self.weight, self.eps)
+
+
+class RMSNorm(nn.Module):
+    """RMSNorm over the last dimension with a learned `scale`: the mapping network's norm."""
+
+    def __init__(self, channels: int, eps: float = 1e-6):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(channels))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, self.scale.shape, self.scale.to(x.dtype), self.eps)
+
+
+class AdaRMSNorm2d(nn.Module):
+    """RMSNorm over channels times (1 + linear(cond)); without a condition width, times a plain weight."""
+
+    def __init__(self, channels: int, cond_dim: int | None, eps: float = 1e-6, bias: bool = True):
+        super().__init__()
+        self.eps = eps
+        if cond_dim is None:
+            self.norm = RMSNorm2d(channels, eps)
+        else:
+            self.linear = zero_(nn.Linear(cond_dim, channels, bias=bias))
+
+    def forward(self, x: Tensor, cond: Tensor | None) -> Tensor:
+        if cond is None:
+            return self.norm(x)
+        return ops.ada_rms_norm_2d(x, self.linear(cond).expand(x.shape[0], -1), self.eps)
+
+
+class GaussianFourierProjection(KeepsFloat32):
+    """[cos, sin](2π · s · W) of s (B,) with stored random frequencies W; `log` takes log(s) in place of s."""
+
+    def __init__(self, size: int, scale: float = 1.0, log: bool = False):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(size) * scale)
+        self.log = log
+
+    def forward(self, s: Tensor) -> Tensor:
+        s = s.to(self.weight.dtype)
+        phase = 2 * math.pi * (s.log() if self.log else s)[:, None] * self.weight
+        return torch.cat([phase.cos(), phase.sin()], dim=-1)
+
+
+class MappingBlock(nn.Module):
+    """x + down(value · GELU(gate)), where (value | gate) = up(RMSNorm(x))."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.norm = RMSNorm(dim)
+        self.up_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.down_proj = zero_(nn.Linear(hidden, dim, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        value, gate = self.up_proj(self.norm(x)).chunk(2, dim=-1)
+        return x + self.down_proj(value * nn.functional.gelu(gate))
+
+
+class MappingNetwork(nn.Module):
+    """RMSNorm, `layers` gated residual blocks, RMSNorm: turns a time embedding into the networks' condition."""
+
+    def __init__(self, layers: int, dim: int, hidden: int):
+        super().__init__()
+        self.in_norm = RMSNorm(dim)
+        self.blocks = nn.ModuleList(MappingBlock(dim, hidden) for _ in range(layers))
+        self.out_norm = RMSNorm(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.in_norm(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.out_norm(x)
+
+
+class AxialRoPE(KeepsFloat32):
+    """Angles of a two-axis rotary embedding. `freqs` (heads, m): m = head_dim / 8 frequencies a head and axis."""
+
+    def __init__(self, head_dim: int, num_heads: int):
+        super().__init__()
+        m = head_dim // 8
+        freqs = torch.linspace(math.log(math.pi), math.log(10 * math.pi), num_heads * m + 1)[:-1].exp()
+        self.register_buffer("freqs", freqs.view(m, num_heads).T.contiguous())
+
+    def forward(self, pos: Tensor) -> tuple[Tensor, Tensor]:
+        """pos (H, W, 2) as (row, column) → cos and sin, each (H, W, heads, head_dim / 4)."""
+        theta = (pos[:, :, None, :, None] * self.freqs[:, None]).flatten(-2)
+        return theta.cos(), theta.sin()
+
+
+def axial_positions(height: int, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Cell centres (H, W, 2) of square cells whose longer side spans [-1, 1], as (row, column)."""
+    longer = max(height, width)
+
+    def centres(n):
+        return (2 * torch.arange(n, dtype=dtype, device=device) + 1 - n) / longer
+
+    return torch.stack(torch.meshgrid(centres(height), centres(width), indexing="ij"), dim=-1)
+
+
+def coarser_positions(pos: Tensor) -> Tensor:
+    """(H, W, 2) → (H/2, W/2, 2): each coarse cell sits at the mean of its four children."""
+    h, w, _ = pos.shape
+    return pos.view(h // 2, 2, w // 2, 2, 2).mean(dim=(1, 3))

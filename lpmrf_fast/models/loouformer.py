@@ -1,0 +1,352 @@
+"""LooUFormer, the velocity network of Latent-PMRF: a U-shaped transformer over latents, neighborhood attention on the
+fine levels and global attention on the coarse one. Derived from k-diffusion's hourglass transformer.
+
+`sigma` keeps the official meaning here (1 = source, 0 = clean; velocity = source - clean); `lpmrf_fast.flow` and the
+pipeline translate.
+"""
+
+import lpmrf_kernels as ops
+import torch
+import torch.nn.functional as F
+from lpmrf_kernels import reference
+from torch import Tensor, nn
+
+from .config import records_config
+from .layers import (
+    AdaRMSNorm2d,
+    AxialRoPE,
+    GaussianFourierProjection,
+    MappingNetwork,
+    RMSNorm2d,
+    axial_positions,
+    coarser_positions,
+    zero_,
+)
+
+
+def _preset(dims, layers, types, windows, time_dim, in_channels, patch=1) -> dict:
+    return dict(
+        in_channels=in_channels, out_channels=in_channels, patch_size=[patch, patch], block_dims=dims,
+        block_layers=layers, block_types=types, window_sizes=windows, head_dims=[64] * len(dims),
+        dwconv_type="dwconv", upsample_method="interpolate", downsample_method="conv", upsample_kernel_size=3,
+        downsample_kernel_size=3, patch_embed_type="conv" if patch == 1 else "pixel_shuffle", use_bias=True,
+        zero_init_last_layer=True, time_embed_dim=time_dim, time_embed_log_space=False, time_embed_freq_scale=1.0,
+        mult=3.0, mapping_layers=2, mapping_mult=3.0,
+    )  # fmt: skip
+
+
+# The official widths are not published; "loouformer" follows the run names in the official test scripts
+# (2 neighborhood, 4 neighborhood and 6 global blocks), its widths are ours.
+PRESETS = {
+    "loouformer": _preset(
+        [256, 512, 768], [2, 4, 6], ["neighborhood", "neighborhood", "global"], [7, 7, 0], 768, in_channels=32
+    ),
+    "loouformer-s": _preset(
+        [128, 256, 384], [2, 2, 4], ["neighborhood", "neighborhood", "global"], [7, 7, 0], 256, in_channels=16
+    ),
+}
+
+
+def rounded_width(width: float) -> int:
+    """The official rounding of hidden sizes to multiples of 64; a width below 33 gives 0 and is refused."""
+    rounded = (int(width) + 31) // 64 * 64
+    if rounded == 0:
+        raise ValueError(f"LooUFormer: hidden width {width:g} rounds to 0; use wider blocks or a larger mult")
+    return rounded
+
+
+class ConvProject(nn.Module):
+    """1x1 convolution, then a depthwise 3x3 one where `dwconv`; only the last of them has a bias."""
+
+    def __init__(self, in_dim: int, out_dim: int, dwconv: bool, bias: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(in_dim, out_dim, 1, bias=bias and not dwconv)
+        self.dwconv = nn.Conv2d(out_dim, out_dim, 3, padding=1, groups=out_dim, bias=bias) if dwconv else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        return x if self.dwconv is None else self.dwconv(x)
+
+
+class Attention(nn.Module):
+    """Global attention, or neighborhood attention where `window_size` is given, with axial RoPE on q and k."""
+
+    def __init__(self, dim: int, head_dim: int, window_size: int | None, dwconv: bool, bias: bool):
+        super().__init__()
+        self.num_heads = dim // head_dim
+        if self.num_heads * head_dim != dim or head_dim % 8:
+            raise ValueError(f"LooUFormer: head_dim {head_dim} must divide the width {dim} and be a multiple of 8")
+        self.window_size = window_size
+        self.qkv_proj = ConvProject(dim, 3 * dim, dwconv, bias)
+        self.pos_emb = AxialRoPE(head_dim, self.num_heads)
+        self.out_proj = nn.Conv2d(dim, dim, 1, bias=bias)
+
+    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        # Channels-last: the permuted view is contiguous, so heads are read in place.
+        qkv = self.qkv_proj(x).permute(0, 2, 3, 1).reshape(B, H, W, 3, self.num_heads, -1)
+        cos, sin = self.pos_emb(pos)
+        q, k, v = reference.rope(qkv[..., 0, :, :], cos, sin), reference.rope(qkv[..., 1, :, :], cos, sin), qkv[..., 2, :, :]
+        if self.window_size is None:
+            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
+            out = ops.attention(q, k, v).transpose(1, 2)
+        else:
+            out = ops.neighborhood_attention_2d(q, k, v, self.window_size)
+        return self.out_proj(out.reshape(B, H, W, C).permute(0, 3, 1, 2))
+
+
+class FeedForward(nn.Module):
+    """down(GELU(a) · b), (a | b) = project_in(x): the gate comes first here."""
+
+    def __init__(self, dim: int, mult: float, dwconv: bool, bias: bool):
+        super().__init__()
+        hidden = rounded_width(dim * mult)
+        self.project_in = ConvProject(dim, 2 * hidden, dwconv, bias)
+        self.down_proj = nn.Conv2d(hidden, dim, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.project_in(x).chunk(2, dim=1)
+        return self.down_proj(F.gelu(a) * b)
+
+
+class Block(nn.Module):
+    def __init__(self, dim, head_dim, window_size, mult, cond_dim, dwconv, bias, zero_init):
+        super().__init__()
+        self.attn = Attention(dim, head_dim, window_size, dwconv, bias)
+        self.ff = FeedForward(dim, mult, dwconv, bias)
+        self.norm1 = AdaRMSNorm2d(dim, cond_dim, bias=bias)
+        self.norm2 = AdaRMSNorm2d(dim, cond_dim, bias=bias)
+        if zero_init:
+            zero_(self.attn.out_proj)
+            zero_(self.ff.down_proj)
+
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor | None) -> Tensor:
+        x = x + self.attn(self.norm1(x, cond), pos)
+        return x + self.ff(self.norm2(x, cond))
+
+
+class Level(nn.ModuleList):
+    def forward(self, x: Tensor, pos: Tensor, cond: Tensor | None) -> Tensor:
+        for block in self:
+            x = block(x, pos, cond)
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """3x3 convolution at full resolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, out_channels, 3, padding=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
+
+
+class TokenMerge(nn.Module):
+    """Patches flattened as (row offset, column offset, channel), then a 1x1 convolution."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch, bias: bool):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_channels * patch[0] * patch[1], out_channels, 1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, C, H, W = x.shape
+        p, q = self.patch
+        x = x.reshape(B, C, H // p, p, W // q, q).permute(0, 3, 5, 1, 2, 4)
+        return self.proj(x.reshape(B, p * q * C, H // p, W // q).contiguous(memory_format=torch.channels_last))
+
+
+class TokenSplit(nn.Module):
+    """The inverse of `TokenMerge`; its convolution always has a bias, as the official one."""
+
+    def __init__(self, in_channels: int, out_channels: int, patch):
+        super().__init__()
+        self.patch = patch
+        self.proj = nn.Conv2d(in_channels, out_channels * patch[0] * patch[1], 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.proj(x)
+        B, C, H, W = x.shape
+        p, q = self.patch
+        return x.reshape(B, p, q, C // (p * q), H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, -1, H * p, W * q)
+
+
+class Downsample(nn.Module):
+    """`conv` (stride 2), `pixel_unshuffle+conv` or `conv+pixel_unshuffle`."""
+
+    def __init__(self, in_channels: int, out_channels: int, method: str, kernel_size: int, bias: bool):
+        super().__init__()
+        self.method = method
+        if method == "conv":
+            if kernel_size != 3:
+                raise ValueError(f'LooUFormer: downsample_method "conv" needs kernel size 3, got {kernel_size}')
+            self.conv = nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1, bias=bias)
+        else:
+            widths = (in_channels * 4, out_channels) if method.startswith("pixel") else (in_channels, out_channels // 4)
+            self.conv = nn.Conv2d(*widths, kernel_size, padding=(kernel_size - 1) // 2, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.method == "pixel_unshuffle+conv":
+            return self.conv(F.pixel_unshuffle(x, 2))
+        x = self.conv(x)
+        return F.pixel_unshuffle(x, 2) if self.method == "conv+pixel_unshuffle" else x
+
+
+class Upsample(nn.Module):
+    """`interpolate` (nearest 2x, convolution) or `pixel_shuffle`; then skip + fac · (up - skip)."""
+
+    def __init__(self, in_channels: int, out_channels: int, method: str, kernel_size: int, bias: bool):
+        super().__init__()
+        self.method = method
+        out_channels *= 4 if method == "pixel_shuffle" else 1
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=(kernel_size - 1) // 2, bias=bias)
+        self.fac = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        if self.method == "interpolate":
+            x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        else:
+            x = F.pixel_shuffle(self.conv(x), 2)
+        return torch.lerp(skip, x, self.fac.to(x.dtype))
+
+
+class LooUFormer(nn.Module):
+    """velocity = LooUFormer(x, sigma): x and velocity (B, in/out_channels, H, W), sigma (B,) or scalar in (0, 1].
+
+    Arguments are the official ones. block_types: "neighborhood" (window_sizes, odd) or "global", finest level first;
+    dwconv_type "dwconv" or "none"; upsample_method "interpolate" or "pixel_shuffle"; downsample_method "conv",
+    "pixel_unshuffle+conv" or "conv+pixel_unshuffle"; patch_embed_type "conv" (patch_size unused) or "pixel_shuffle";
+    time_embed_dim None: untimed, sigma must be None. mapping_dropout and scale are recorded and unused.
+    H and W must be multiples of `multiple`, and every level at least its window, else ValueError.
+    """
+
+    @records_config
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        patch_size,
+        block_dims,
+        block_layers,
+        block_types,
+        window_sizes,
+        head_dims,
+        dwconv_type: str = "dwconv",
+        upsample_method: str = "interpolate",
+        downsample_method: str = "conv",
+        upsample_kernel_size: int = 3,
+        downsample_kernel_size: int = 3,
+        patch_embed_type: str = "conv",
+        use_bias: bool = True,
+        zero_init_last_layer: bool = False,
+        time_embed_dim: int | None = None,
+        time_embed_log_space: bool = False,
+        time_embed_freq_scale: float = 1.0,
+        mult: float = 3.0,
+        mapping_layers: int = 2,
+        mapping_mult: float = 3.0,
+        mapping_dropout: float = 0.0,
+        scale: int = 1,
+    ):
+        super().__init__()
+        for name, value, known in (
+            ("dwconv_type", dwconv_type, ("dwconv", "none")),
+            ("upsample_method", upsample_method, ("interpolate", "pixel_shuffle")),
+            ("downsample_method", downsample_method, ("conv", "pixel_unshuffle+conv", "conv+pixel_unshuffle")),
+            ("patch_embed_type", patch_embed_type, ("conv", "pixel_shuffle")),
+            *(("block_types", kind, ("neighborhood", "global")) for kind in block_types),
+        ):
+            if value not in known:
+                raise ValueError(f"LooUFormer: {name} must be one of {', '.join(known)}, got {value!r}")
+        lengths = {len(block_dims), len(block_layers), len(block_types), len(window_sizes), len(head_dims)}
+        if len(lengths) != 1:
+            raise ValueError("LooUFormer: block_dims, _layers, _types, window_sizes and head_dims differ in length")
+
+        self.time_embed_dim = time_embed_dim
+        if time_embed_dim is not None:
+            self.time_proj = GaussianFourierProjection(
+                time_embed_dim // 2, time_embed_freq_scale, time_embed_log_space
+            )
+            self.timestep_embedder = nn.Linear(time_embed_dim, time_embed_dim, bias=False)
+            self.mapping = MappingNetwork(mapping_layers, time_embed_dim, rounded_width(time_embed_dim * mapping_mult))
+
+        def level(i):
+            window = window_sizes[i] if block_types[i] == "neighborhood" else None
+            return Level(
+                Block(
+                    block_dims[i], head_dims[i], window, mult, time_embed_dim, dwconv_type == "dwconv", use_bias,
+                    zero_init_last_layer,
+                )  # fmt: skip
+                for _ in range(block_layers[i])
+            )
+
+        finer = range(len(block_dims) - 1)
+        pairs = list(zip(block_dims[:-1], block_dims[1:]))
+        dims, patch = block_dims, (1, 1) if patch_embed_type == "conv" else tuple(patch_size)
+        if patch_embed_type == "conv":
+            self.proj_in = PatchEmbed(in_channels, dims[0], use_bias)
+            self.proj_out = PatchEmbed(dims[0], out_channels, use_bias)
+        else:
+            self.proj_in = TokenMerge(in_channels, dims[0], patch, use_bias)
+            self.proj_out = TokenSplit(dims[0], out_channels, patch)
+        self.down_blocks = nn.ModuleList(level(i) for i in finer)
+        self.up_blocks = nn.ModuleList(level(i) for i in finer)
+        self.mid_block = level(-1)
+        self.downs = nn.ModuleList(
+            Downsample(fine, coarse, downsample_method, downsample_kernel_size, use_bias) for fine, coarse in pairs
+        )
+        self.ups = nn.ModuleList(
+            Upsample(coarse, fine, upsample_method, upsample_kernel_size, use_bias) for fine, coarse in pairs
+        )
+        self.out_norm = RMSNorm2d(dims[0], eps=torch.finfo(torch.float32).eps)
+        if zero_init_last_layer:
+            zero_(self.proj_out.proj)
+
+        coarsest = 2 ** len(finer)
+        self.multiple = tuple(p * coarsest for p in patch)
+        """Height and width must be multiples of these."""
+        needed = [
+            w * 2**i for i, (w, kind) in enumerate(zip(window_sizes, block_types)) if kind == "neighborhood"
+        ]
+        self.minimum = tuple(p * max(needed, default=1) for p in patch)
+        """Height and width must be at least these, so that each level holds a whole attention window."""
+
+    def time_condition(self, sigma: Tensor) -> Tensor:
+        """sigma (B,) → the condition (B, time_embed_dim) of every norm."""
+        embedding = self.time_proj(sigma).to(self.timestep_embedder.weight.dtype)
+        return self.mapping(self.timestep_embedder(embedding))
+
+    def forward(self, x: Tensor, sigma: Tensor | float | None = None) -> Tensor:
+        self._check(x, sigma)
+        cond = None
+        if self.time_embed_dim is not None:
+            cond = self.time_condition(torch.as_tensor(sigma, device=x.device).reshape(-1))
+        x = self.proj_in(x)
+        # Angles need float32 even where the network runs in half precision.
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        pos = axial_positions(x.shape[-2], x.shape[-1], dtype, x.device)
+        passed = []
+        for blocks, down in zip(self.down_blocks, self.downs):
+            x = blocks(x, pos, cond)
+            passed.append((x, pos))
+            x, pos = down(x), coarser_positions(pos)
+        x = self.mid_block(x, pos, cond)
+        for blocks, up, (skip, pos) in reversed(list(zip(self.up_blocks, self.ups, passed))):
+            x = blocks(up(x, skip), pos, cond)
+        return self.proj_out(self.out_norm(x))
+
+    def _check(self, x, sigma):
+        size = tuple(x.shape[-2:])
+        if any(s % m for s, m in zip(size, self.multiple)) or any(s < m for s, m in zip(size, self.minimum)):
+            raise ValueError(
+                f"LooUFormer: height and width must be multiples of {self.multiple} and at least {self.minimum},"
+                f" got {size}; pad the input"
+            )
+        if (sigma is None) != (self.time_embed_dim is None):
+            raise ValueError(
+                "LooUFormer: this network is untimed, call it without sigma"
+                if self.time_embed_dim is None
+                else "LooUFormer: sigma is missing; pass the time of each batch element"
+            )
