@@ -4,6 +4,8 @@ Image-like tensors are logical NCHW in any memory format. Statistics and softmax
 (float64 for float64 tensors); results come back in the dtype of the first input.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,10 +95,12 @@ def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor
 
     bias (heads, L, L) is added to every window, mask (windows, L, L), if any, to every head of its window.
     """
-    logits = (q * scale) @ k.transpose(-2, -1) + bias.to(q.dtype)
-    if mask is not None:
-        logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(q.dtype)).flatten(0, 1)
-    return _upcast(logits).softmax(dim=-1).to(v.dtype) @ v
+    # PyTorch's softmax of a half-precision tensor computes in float32 inside; autocast would write float32 as well.
+    with torch.autocast(q.device.type, enabled=False):
+        logits = (q * scale) @ k.transpose(-2, -1) + bias.to(q.dtype)
+        if mask is not None:
+            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(q.dtype)).flatten(0, 1)
+        return logits.softmax(dim=-1) @ v
 
 
 def window_starts(length: int, kernel_size: int) -> list[int]:
@@ -131,3 +135,57 @@ def neighborhood_attention_2d(
     mask = seen.repeat(1, kernel_size)  # (W, K * W)
     out = F.scaled_dot_product_attention(q.transpose(2, 3), keys(k), keys(v), attn_mask=mask, scale=scale)
     return out.transpose(2, 3)
+
+
+def euler_step(z: Tensor, v: Tensor, dt: float) -> Tensor:
+    """z + dt · v in z's dtype: one Euler step, t running from 0 (source) to 1 (clean)."""
+    return z + dt * v.to(z.dtype)
+
+
+def philox_4x32_10(counter, key) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Random123's philox4x32 with ten rounds; every word is an int64 tensor (they broadcast) holding [0, 2³²).
+
+    counter: four words, key: two; four words come back. Source: Salmon et al. 2011.
+    """
+    low = 0xFFFFFFFF
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        # int64 products wrap, and the wrapped bits are the unsigned ones: shift, then drop the copies of the sign.
+        a, b = c0 * 0xD2511F53, c2 * 0xCD9E8D57
+        c0, c1, c2, c3 = (b >> 32 & low) ^ c1 ^ k0, b & low, (a >> 32 & low) ^ c3 ^ k1, a & low
+        k0, k1 = (k0 + 0x9E3779B9) & low, (k1 + 0xBB67AE85) & low
+    return c0, c1, c2, c3
+
+
+def box_muller(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Two independent float64 standard normals from two words in [0, 2³²); their upper 24 bits count."""
+    u, w = ((a >> 8) + 1).double() / 2**24, (b >> 8).double() / 2**24
+    r, angle = torch.sqrt(-2 * torch.log(u)), 2 * math.pi * w
+    return r * torch.cos(angle), r * torch.sin(angle)
+
+
+def source_noise(shape, seeds, device=None) -> Tensor:
+    """Standard normal float32 noise of `shape` (B, C, H, W): a photo's depends on its seed and its (C, H, W) only.
+
+    seeds: (B,) int64 tensor or list of ints, one a photo; the noise is on `device`, by default the seeds'. Exact
+    definition in `add_source_noise.py`. Raises ValueError unless there is one seed a photo.
+    """
+    seeds = torch.as_tensor(seeds, dtype=torch.int64, device=device)
+    if seeds.device.type == "mps":  # has no float64
+        return source_noise(shape, seeds.cpu()).to(seeds.device)
+    B, C, H, W = shape
+    if seeds.shape != (B,):
+        raise ValueError(f"source_noise: one seed a photo, expected the shape ({B},), got {tuple(seeds.shape)}")
+    low = 0xFFFFFFFF
+    k = torch.arange((C * H * W + 3) // 4, device=seeds.device)
+    zero = torch.zeros_like(k)
+    key = seeds[:, None] & low, seeds[:, None] >> 32 & low
+    x = philox_4x32_10((k & low, k >> 32, zero, zero), key)
+    normals = torch.stack([*box_muller(x[0], x[1]), *box_muller(x[2], x[3])], dim=-1)  # (B, blocks, 4)
+    return normals.flatten(1)[:, : C * H * W].reshape(shape).float()
+
+
+def add_source_noise(z: Tensor, noise_std: float, seeds: Tensor) -> Tensor:
+    """z + noise_std · source_noise in float32: the source of the ODE."""
+    return z.float() + noise_std * source_noise(z.shape, seeds)

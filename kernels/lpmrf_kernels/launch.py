@@ -1,0 +1,79 @@
+"""Launch choice as data: tile sizes and warps of a kernel, by op, problem size and GPU.
+
+An op brings a heuristic that runs everywhere. A table overrides it where someone has measured: first the one shipped
+in configs/, then, since it was measured on this very machine, the user's. A table is `<GPU name>.json`:
+
+    {"euler_step": [{"numel": 65536, "BLOCK": 1024, "num_warps": 4}, ...], ...}
+
+Each row holds the sizes that it was measured at and the choice that won; the nearest row in log space answers.
+Tuning is a command that writes such a file: nothing is timed on a path that may be captured in a CUDA graph.
+"""
+
+import json
+import logging
+import math
+import os
+import re
+from functools import cache
+from pathlib import Path
+
+import torch
+
+_log = logging.getLogger("lpmrf_kernels")
+
+
+def launch_config(op: str, device: torch.device, default: dict[str, int], **sizes: int) -> dict[str, int]:
+    """The choice for `op` at these sizes: `default` (the heuristic's) or the nearest row of this GPU's table.
+
+    A row takes part if it has exactly these sizes and the keys of `default`, so an old table never breaks a newer
+    kernel: it is passed over.
+    """
+    if device.type != "cuda":
+        return default
+    rows = [
+        row
+        for row in _table(torch.cuda.get_device_name(device)).get(op, [])
+        if row.keys() == sizes.keys() | default.keys()
+    ]
+    if not rows:
+        return default
+    nearest = min(rows, key=lambda row: sum(math.log(row[k] / max(n, 1)) ** 2 for k, n in sizes.items()))
+    return {key: nearest[key] for key in default}
+
+
+def table_name(gpu: str) -> str:
+    """File name of a GPU's table: "NVIDIA H200" → "NVIDIA-H200.json"."""
+    return re.sub(r"[^A-Za-z0-9]+", "-", gpu).strip("-") + ".json"
+
+
+def user_folder() -> Path:
+    """Where the user's tables are: lpmrf-fast/configs in $XDG_CACHE_HOME or ~/.cache."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lpmrf-fast" / "configs"
+
+
+@cache
+def _table(gpu: str) -> dict[str, list[dict[str, int]]]:
+    table = {}
+    for folder in (Path(__file__).parent / "configs", user_folder()):
+        path = folder / table_name(gpu)
+        if path.exists():
+            try:
+                table.update(_read(path))
+            except (OSError, ValueError) as error:
+                _log.warning("launch table %s is passed over: %s", path, error)
+    return table
+
+
+def _read(path: Path) -> dict[str, list[dict[str, int]]]:
+    table = json.loads(path.read_text())
+    valid = isinstance(table, dict) and all(
+        isinstance(rows, list) and all(isinstance(row, dict) and all(map(_positive, row.values())) for row in rows)
+        for rows in table.values()
+    )
+    if not valid:
+        raise ValueError("expected {op: [{size or choice: positive integer, ...}, ...], ...}")
+    return table
+
+
+def _positive(n) -> bool:
+    return type(n) is int and n > 0
