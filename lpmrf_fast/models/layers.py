@@ -2,10 +2,11 @@
 
 import math
 
-import lpmrf_kernels as ops
 import torch
-from lpmrf_kernels import reference
 from torch import Tensor, nn
+
+import lpmrf_kernels as ops
+from lpmrf_kernels import reference
 
 
 def zero_(layer: nn.Module) -> nn.Module:

@@ -5,11 +5,12 @@ fine levels and global attention on the coarse one. Derived from k-diffusion's h
 pipeline translate.
 """
 
-import lpmrf_kernels as ops
 import torch
 import torch.nn.functional as F
-from lpmrf_kernels import reference
 from torch import Tensor, nn
+
+import lpmrf_kernels as ops
+from lpmrf_kernels import reference
 
 from .config import records_config
 from .layers import (
@@ -26,13 +27,29 @@ from .layers import (
 
 def _preset(dims, layers, types, windows, time_dim, in_channels, patch=1) -> dict:
     return dict(
-        in_channels=in_channels, out_channels=in_channels, patch_size=[patch, patch], block_dims=dims,
-        block_layers=layers, block_types=types, window_sizes=windows, head_dims=[64] * len(dims),
-        dwconv_type="dwconv", upsample_method="interpolate", downsample_method="conv", upsample_kernel_size=3,
-        downsample_kernel_size=3, patch_embed_type="conv" if patch == 1 else "pixel_shuffle", use_bias=True,
-        zero_init_last_layer=True, time_embed_dim=time_dim, time_embed_log_space=False, time_embed_freq_scale=1.0,
-        mult=3.0, mapping_layers=2, mapping_mult=3.0,
-    )  # fmt: skip
+        in_channels=in_channels,
+        out_channels=in_channels,
+        patch_size=[patch, patch],
+        block_dims=dims,
+        block_layers=layers,
+        block_types=types,
+        window_sizes=windows,
+        head_dims=[64] * len(dims),
+        dwconv_type="dwconv",
+        upsample_method="interpolate",
+        downsample_method="conv",
+        upsample_kernel_size=3,
+        downsample_kernel_size=3,
+        patch_embed_type="conv" if patch == 1 else "pixel_shuffle",
+        use_bias=True,
+        zero_init_last_layer=True,
+        time_embed_dim=time_dim,
+        time_embed_log_space=False,
+        time_embed_freq_scale=1.0,
+        mult=3.0,
+        mapping_layers=2,
+        mapping_mult=3.0,
+    )
 
 
 # The official widths are not published; "loouformer" follows the run names in the official test scripts
@@ -86,7 +103,8 @@ class Attention(nn.Module):
         # Channels-last: the permuted view is contiguous, so heads are read in place.
         qkv = self.qkv_proj(x).permute(0, 2, 3, 1).reshape(B, H, W, 3, self.num_heads, -1)
         cos, sin = self.pos_emb(pos)
-        q, k, v = reference.rope(qkv[..., 0, :, :], cos, sin), reference.rope(qkv[..., 1, :, :], cos, sin), qkv[..., 2, :, :]
+        q, k, v = qkv.unbind(3)
+        q, k = reference.rope(q, cos, sin), reference.rope(k, cos, sin)
         if self.window_size is None:
             q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
             out = ops.attention(q, k, v).transpose(1, 2)
@@ -254,7 +272,11 @@ class LooUFormer(nn.Module):
         for name, value, known in (
             ("dwconv_type", dwconv_type, ("dwconv", "none")),
             ("upsample_method", upsample_method, ("interpolate", "pixel_shuffle")),
-            ("downsample_method", downsample_method, ("conv", "pixel_unshuffle+conv", "conv+pixel_unshuffle")),
+            (
+                "downsample_method",
+                downsample_method,
+                ("conv", "pixel_unshuffle+conv", "conv+pixel_unshuffle"),
+            ),
             ("patch_embed_type", patch_embed_type, ("conv", "pixel_shuffle")),
             *(("block_types", kind, ("neighborhood", "global")) for kind in block_types),
         ):
@@ -266,9 +288,7 @@ class LooUFormer(nn.Module):
 
         self.time_embed_dim = time_embed_dim
         if time_embed_dim is not None:
-            self.time_proj = GaussianFourierProjection(
-                time_embed_dim // 2, time_embed_freq_scale, time_embed_log_space
-            )
+            self.time_proj = GaussianFourierProjection(time_embed_dim // 2, time_embed_freq_scale, time_embed_log_space)
             self.timestep_embedder = nn.Linear(time_embed_dim, time_embed_dim, bias=False)
             self.mapping = MappingNetwork(mapping_layers, time_embed_dim, rounded_width(time_embed_dim * mapping_mult))
 
@@ -276,9 +296,15 @@ class LooUFormer(nn.Module):
             window = window_sizes[i] if block_types[i] == "neighborhood" else None
             return Level(
                 Block(
-                    block_dims[i], head_dims[i], window, mult, time_embed_dim, dwconv_type == "dwconv", use_bias,
+                    block_dims[i],
+                    head_dims[i],
+                    window,
+                    mult,
+                    time_embed_dim,
+                    dwconv_type == "dwconv",
+                    use_bias,
                     zero_init_last_layer,
-                )  # fmt: skip
+                )
                 for _ in range(block_layers[i])
             )
 
@@ -307,9 +333,7 @@ class LooUFormer(nn.Module):
         coarsest = 2 ** len(finer)
         self.multiple = tuple(p * coarsest for p in patch)
         """Height and width must be multiples of these."""
-        needed = [
-            w * 2**i for i, (w, kind) in enumerate(zip(window_sizes, block_types)) if kind == "neighborhood"
-        ]
+        needed = [w * 2**i for i, (w, kind) in enumerate(zip(window_sizes, block_types)) if kind == "neighborhood"]
         self.minimum = tuple(p * max(needed, default=1) for p in patch)
         """Height and width must be at least these, so that each level holds a whole attention window."""
 

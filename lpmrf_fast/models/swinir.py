@@ -7,8 +7,9 @@ import math
 
 import torch
 import torch.nn.functional as F
-from lpmrf_kernels import reference
 from torch import Tensor, nn
+
+from lpmrf_kernels import reference
 
 from .config import records_config
 
@@ -17,10 +18,22 @@ RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 def _pmrf(embed_dim: int, groups: int) -> dict:
     return dict(
-        img_size=64, patch_size=1, in_chans=3, num_out_ch=3, embed_dim=embed_dim, depths=[6] * groups,
-        num_heads=[6] * groups, window_size=8, mlp_ratio=2, sf=8, img_range=1.0, upsampler="nearest+conv",
-        resi_connection="1conv", unshuffle=True, unshuffle_scale=8,
-    )  # fmt: skip
+        img_size=64,
+        patch_size=1,
+        in_chans=3,
+        num_out_ch=3,
+        embed_dim=embed_dim,
+        depths=[6] * groups,
+        num_heads=[6] * groups,
+        window_size=8,
+        mlp_ratio=2,
+        sf=8,
+        img_range=1.0,
+        upsampler="nearest+conv",
+        resi_connection="1conv",
+        unshuffle=True,
+        unshuffle_scale=8,
+    )
 
 
 PRESETS = {"swinir-l": _pmrf(180, 8), "swinir-m": _pmrf(120, 5)}
@@ -94,7 +107,10 @@ class Block(nn.Module):
     def __init__(self, dim, resolution, num_heads, window_size, shift, mlp_ratio, qkv_bias, qk_scale):
         super().__init__()
         # As the official code does: a map of one window has nothing to shift.
-        self.window_size, self.shift = min(window_size, *resolution), shift if min(resolution) > window_size else 0
+        self.window_size, self.shift = (
+            min(window_size, *resolution),
+            shift if min(resolution) > window_size else 0,
+        )
         self.norm1 = nn.LayerNorm(dim)
         self.attn = WindowAttention(dim, self.window_size, num_heads, qkv_bias, qk_scale)
         self.norm2 = nn.LayerNorm(dim)
@@ -235,9 +251,15 @@ class SwinIR(nn.Module):
             ResidualGroup(
                 [
                     Block(
-                        embed_dim, resolution, heads, window_size, (j % 2) * (window_size // 2), mlp_ratio, qkv_bias,
+                        embed_dim,
+                        resolution,
+                        heads,
+                        window_size,
+                        (j % 2) * (window_size // 2),
+                        mlp_ratio,
+                        qkv_bias,
                         qk_scale,
-                    )  # fmt: skip
+                    )
                     for j in range(depth)
                 ],
                 embed_dim,
@@ -250,9 +272,7 @@ class SwinIR(nn.Module):
 
         width = 64
         if self.upsampler in ("nearest+conv", "pixelshuffle"):
-            self.conv_before_upsample = nn.Sequential(
-                nn.Conv2d(embed_dim, width, 3, padding=1), nn.LeakyReLU(0.01)
-            )
+            self.conv_before_upsample = nn.Sequential(nn.Conv2d(embed_dim, width, 3, padding=1), nn.LeakyReLU(0.01))
         if self.upsampler == "nearest+conv":
             if sf not in (2, 4, 8):
                 raise ValueError(f'SwinIR: "nearest+conv" enlarges by 2, 4 or 8, got sf {sf}')
@@ -267,9 +287,7 @@ class SwinIR(nn.Module):
                 *(m for f in factors for m in (nn.Conv2d(width, f * f * width, 3, padding=1), nn.PixelShuffle(f)))
             )
         elif self.upsampler == "pixelshuffledirect":
-            self.upsample = nn.Sequential(
-                nn.Conv2d(embed_dim, sf * sf * num_out_ch, 3, padding=1), nn.PixelShuffle(sf)
-            )
+            self.upsample = nn.Sequential(nn.Conv2d(embed_dim, sf * sf * num_out_ch, 3, padding=1), nn.PixelShuffle(sf))
         elif self.upsampler:
             raise ValueError(
                 'SwinIR: upsampler must be "nearest+conv", "pixelshuffle", "pixelshuffledirect" or "",'

@@ -1,0 +1,260 @@
+"""The three stages of Latent-PMRF: what is trained, on which batches, towards which objective, and how it is judged.
+
+Images come in as uint8 (B, 3, H, W). Sim-VAE and the flow see them in [-1, 1], SwinIR in [0, 1].
+"""
+
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import flow
+from ..checkpoint import load_model
+from ..models import LooUFormer, SimVAE, SwinIR, build
+from .cache import LatentCache
+from .config import ConfigError, TrainConfig
+from .data import Faces, find_images
+from .losses import PerceptualLoss, kl_divergence
+
+CLASSES = {cls.__name__: cls for cls in (SimVAE, SwinIR, LooUFormer)}
+VALIDATION_SEED = 7
+
+
+def psnr(a: Tensor, b: Tensor) -> float:
+    """Mean over images of the PSNR in dB; (B, 3, H, W) in [0, 1]."""
+    mse = (a.clamp(0, 1) - b).square().flatten(1).mean(1)
+    return float((-10 * mse.clamp(min=1e-10).log10()).mean())
+
+
+def unit(x: Tensor) -> Tensor:
+    """uint8 → float32 in [0, 1], channels-last."""
+    return x.float().div(255).contiguous(memory_format=torch.channels_last)
+
+
+class Stage:
+    """What the trainer asks of a stage. `model` is the trained network; frozen ones live beside it."""
+
+    degrades = True
+    """Whether batches are (clean, degraded) pairs or clean images alone."""
+
+    def __init__(self, config: TrainConfig, device: torch.device):
+        self.config, self.device = config, device
+        self.model = self._model().to(device, memory_format=torch.channels_last)
+
+    def _model(self) -> nn.Module:
+        if self.config.init:
+            return load_model(self.config.init).float()
+        options = dict(self.config.model)
+        preset, cls = options.pop("preset", None), options.pop("class", self.default)
+        if preset:
+            return build(preset, **options)
+        if cls not in CLASSES:
+            raise ConfigError(f"model.class must be one of {', '.join(CLASSES)}, got {cls!r}")
+        return CLASSES[cls](**options)
+
+    def dataset(self, samples: int):
+        c = self.config
+        return Faces(find_images(c.train), c.size, samples, c.seed, c.ranges if self.degrades else None, c.crop, c.flip)
+
+    def validation(self) -> tuple[Tensor, Tensor] | None:
+        """(clean, degraded) uint8 of the first validation faces, degraded alike in every run; None without a folder."""
+        c = self.config
+        if c.val is None:
+            return None
+        paths = find_images(c.val)[: c.val_images]
+        faces = Faces(paths, c.size, len(paths), VALIDATION_SEED, c.ranges, shuffle=False)
+        return tuple(torch.stack(column) for column in zip(*(faces[i] for i in range(len(faces)))))
+
+    def loss(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """The objective of one batch and its named terms."""
+        raise NotImplementedError
+
+    def judge(self, model: nn.Module, clean: Tensor, degraded: Tensor) -> tuple[dict, list[Tensor]]:
+        """Scores on validation faces, and rows of pictures in [0, 1] to look at."""
+        raise NotImplementedError
+
+    def finish(self, model: nn.Module) -> None:
+        """What is left to do with the trained weights after the last step."""
+
+
+class VAEStage(Stage):
+    """L1 + kl_weight · KL + perceptual_weight · VGG19 distance (Sim-VAE's objective)."""
+
+    default, degrades = "SimVAE", False
+
+    def __init__(self, config, device):
+        super().__init__(config, device)
+        self.perceptual = PerceptualLoss(config.vgg_weights).to(device) if config.vgg_weights else None
+
+    def loss(self, batch, generator):
+        x = unit(batch) * 2 - 1
+        mean, logvar = self.model.encode(x).float().chunk(2, dim=1)
+        logvar = logvar.clamp(-30, 20)
+        noise = torch.randn(mean.shape, generator=generator).to(mean)
+        y = self.model.decode(mean + noise * (logvar / 2).exp()).float()
+        terms = {"l1": F.l1_loss(y, x), "kl": kl_divergence(mean, logvar)}
+        total = terms["l1"] + self.config.kl_weight * terms["kl"]
+        if self.perceptual is not None:
+            terms["perceptual"] = self.perceptual(y, x)
+            total = total + self.config.perceptual_weight * terms["perceptual"]
+        return total, terms
+
+    def judge(self, model, clean, degraded):
+        x = unit(clean)
+        z = model.encode(x * 2 - 1).float().chunk(2, dim=1)[0]
+        y = model.decode(z).float() / 2 + 0.5
+        return {"psnr": psnr(y, x), "latent_mean": float(z.mean()), "latent_std": float(z.std())}, [x, y]
+
+
+    @torch.no_grad()
+    def finish(self, model):
+        """Record shift and scale of the latents, measured on training faces: the flow sees mean 0 and deviation 1."""
+        paths = find_images(self.config.train)[:64]
+        faces = Faces(paths, self.config.size, len(paths), self.config.seed, shuffle=False)
+        means = [model.encode(unit(faces[i][None]).to(self.device) * 2 - 1).float() for i in range(len(faces))]
+        z = torch.cat(means).chunk(2, dim=1)[0]
+        model.config.update(shift_factor=round(float(z.mean()), 6), scaling_factor=round(float(1 / z.std()), 6))
+
+
+class PosteriorMeanStage(Stage):
+    """Squared error in pixels: its minimiser is the posterior mean."""
+
+    default = "SwinIR"
+
+    def _model(self):
+        model = super()._model()
+        if self.config.identity_init and not self.config.init:
+            start_from_identity(model)
+        return model
+
+    def loss(self, batch, generator):
+        clean, degraded = batch
+        loss = F.mse_loss(self.model(unit(degraded)).float(), unit(clean))
+        return loss, {"mse": loss}
+
+    def judge(self, model, clean, degraded):
+        x, y = unit(clean), unit(degraded)
+        mean = torch.cat([model(part).float() for part in y.split(4)])
+        scores = {"psnr": psnr(mean, x), "psnr_degraded": psnr(y, x)}
+        return scores | {"gain": scores["psnr"] - scores["psnr_degraded"]}, [y, mean, x]
+
+
+class FlowStage(Stage):
+    """Velocity matching between source = E(posterior mean) + noise_std · ε and target = E(clean).
+
+    Without a VAE the same happens in [0, 1] pixels (PMRF). A cache, where asked for, holds the latents of `cache`
+    degradations of every face and of its mirror image.
+    """
+
+    default = "LooUFormer"
+
+    def __init__(self, config, device):
+        super().__init__(config, device)
+        if config.posterior_mean is None:
+            raise ConfigError("flow: posterior_mean must name the folder of the trained posterior-mean network")
+        self.posterior_mean = self._frozen(config.posterior_mean)
+        self.vae = self._frozen(config.vae) if config.vae else None
+        if config.crop is not None:
+            raise ConfigError("flow: crop must be left out, faces are trained whole")
+        self.shift, self.scale = 0.0, 1.0
+        if self.vae is not None:
+            self.shift = self.vae.config.get("shift_factor") or 0.0
+            self.scale = self.vae.config.get("scaling_factor") or 1.0
+
+    def _frozen(self, folder):
+        model = load_model(folder).float().eval().requires_grad_(False)
+        return model.to(self.device, memory_format=torch.channels_last)
+
+    def dataset(self, samples):
+        if not self.config.cache:
+            return super().dataset(samples)
+        cache = LatentCache(Path(self.config.out) / "latents", find_images(self.config.train), self.config, self.ends)
+        return cache.dataset(samples)
+
+    def encode(self, x: Tensor) -> Tensor:
+        """[0, 1] pixels → the space of the flow: scaled latents, or the pixels themselves."""
+        if self.vae is None:
+            return x
+        return (self.vae.encode(x * 2 - 1).float().chunk(2, dim=1)[0] - self.shift) * self.scale
+
+    def decode(self, z: Tensor) -> Tensor:
+        return z if self.vae is None else self.vae.decode(z / self.scale + self.shift).float() / 2 + 0.5
+
+    @torch.no_grad()
+    def ends(self, clean: Tensor, degraded: Tensor) -> tuple[Tensor, Tensor]:
+        """uint8 pairs → (noise-free source, target) of the flow."""
+        mean = self.posterior_mean(unit(degraded)).float().clamp(0, 1)
+        return self.encode(mean), self.encode(unit(clean))
+
+    def loss(self, batch, generator):
+        if self.config.cache:
+            source, target = (b.to(self.device).float() for b in batch)
+        else:
+            source, target = self.ends(*batch)
+        source = source + self.config.noise_std * torch.randn(source.shape, generator=generator).to(source)
+        t = flow.sample_times(len(source), self.config.time_sampling, generator).to(source)
+        z = flow.interpolant(source, target, t).contiguous(memory_format=torch.channels_last)
+        velocity = flow.time_reversed(self.model, z, t).float()
+        loss = F.mse_loss(velocity, flow.velocity_target(source, target))
+        return loss, {"velocity": loss}
+
+    def judge(self, model, clean, degraded):
+        x, y = unit(clean), unit(degraded)
+        rows = []
+        for part in y.split(4):
+            mean = self.posterior_mean(part).float().clamp(0, 1)
+            source = self.encode(mean)
+            noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(VALIDATION_SEED))
+            source = source + self.config.noise_std * noise.to(source)
+            z = flow.sample(lambda z, t: flow.time_reversed(model, z, t).float(), source, 25)
+            rows.append((mean, self.decode(z)))
+        mean, restored = (torch.cat(column) for column in zip(*rows))
+        scores = {"psnr": psnr(restored, x), "psnr_mean": psnr(mean, x), "psnr_degraded": psnr(y, x)}
+        return scores, [y, mean, restored, x]
+
+
+STAGES = {"vae": VAEStage, "posterior-mean": PosteriorMeanStage, "flow": FlowStage}
+
+
+def start_from_identity(model: SwinIR) -> None:
+    """Make an untrained SwinIR with unshuffle and `pixelshuffledirect` copy the low frequencies of its input.
+
+    Both outer convolutions start as a truncated DCT of each unshuffled patch and its transpose, the body as zero, so
+    that training starts at the input's own error and not at that of a random picture.
+    Raises ConfigError for another form of SwinIR.
+    """
+    if not isinstance(model, SwinIR) or model.upsampler != "pixelshuffledirect" or model.unshuffle_scale == 1:
+        raise ConfigError('identity_init needs a SwinIR with unshuffle and upsampler "pixelshuffledirect"')
+    n, first, last = model.unshuffle_scale, model.conv_first[1], model.upsample[0]
+    basis, spread = dct_basis(n, first.out_channels)
+    with torch.no_grad():
+        for conv, matrix in ((first, basis / spread[:, None]), (last, basis.T * spread)):
+            conv.weight.zero_()
+            conv.weight[:, :, 1, 1] = matrix
+            conv.bias.zero_()
+        for parameter in model.conv_after_body.parameters():
+            parameter.zero_()
+
+
+def dct_basis(n: int, size: int) -> tuple[Tensor, Tensor]:
+    """The `size` lowest functions of an orthonormal luminance-chrominance DCT of n x n x 3 patches: (size, 3 · n²).
+
+    Luminance keeps twice as many as each chrominance; more than 3 · n² functions: the rest is zero. With them comes the
+    spread (size,) that their coefficients have in photographs of range [0, 1], roughly: amplitudes fall with frequency.
+    Dividing by it shows the body all of them alike; its layer norm would else see little but the mean of a patch.
+    """
+    k, i = torch.arange(n)[:, None], torch.arange(n)
+    dct = torch.cos(math.pi * (i + 0.5) * k / n) * math.sqrt(2 / n)
+    dct[0] /= math.sqrt(2)
+    order = sorted(((u, v) for u in range(n) for v in range(n)), key=lambda f: (f[0] ** 2 + f[1] ** 2, f))
+    colour = torch.tensor([[1.0, 1.0, 1.0], [1.0, 0.0, -1.0], [1.0, -2.0, 1.0]])
+    colour = colour / colour.norm(dim=1, keepdim=True)
+    basis, spread = torch.zeros(size, 3 * n * n), torch.ones(size)
+    ranked = sorted((2 * j if c else j, c, f) for c in range(3) for j, f in enumerate(order))
+    for row, (_, c, (u, v)) in enumerate(ranked[:size]):
+        basis[row] = torch.outer(colour[c], torch.outer(dct[u], dct[v]).flatten()).flatten()
+        amplitude = (0.3 if c else 1.0) * (0.5 / math.hypot(u, v) ** 1.3 if u or v else n / 4)
+        spread[row] = math.hypot(amplitude, 0.04)  # not below the noise
+    return basis, spread

@@ -1,0 +1,62 @@
+"""Configurations: YAML, overrides, and one clear line for what cannot be used."""
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("yaml")
+pytest.importorskip("cv2")
+from lpmrf_fast.training.config import ConfigError, load_config
+
+PRESETS = Path(__file__).parents[2] / "lpmrf_fast" / "training" / "presets"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("out: runs/x\nmodel: {preset: sim-vae-c16}\nlr: 1e-3\nbetas: [0.9, 0.99]\n")
+    return path
+
+
+def test_values_and_overrides(file):
+    config = load_config(file, ["steps=7", "model.latent_channels=8", "lr=2e-4", "crop=64"])
+    assert config.steps == 7 and config.lr == 2e-4 and config.betas == (0.9, 0.99) and config.crop == 64
+    assert config.model == {"preset": "sim-vae-c16", "latent_channels": 8}
+    assert load_config(file).lr == 1e-3  # YAML 1.1 reads 1e-3 as text
+
+
+@pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_shipped_presets_load(preset):
+    assert load_config(preset).steps > 0
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("step=3", "did you mean 'steps'"),
+        ("steps=0", "steps must be at least 1"),
+        ("steps=many", "steps must be a number"),
+        ("precision=fp8", "bf16"),
+        ("crop=1024", "larger than size"),
+        ("degradation=blind", "blind-face"),
+        ("degradation={sigmas: [0, 1]}", "did you mean 'sigma'"),
+        ("steps", "key=value"),
+    ],
+)
+def test_unusable_settings_are_one_clear_line(file, override, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(file, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [", "model: {}"])
+def test_unusable_files_name_the_file(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match="bad.yaml"):
+        load_config(path)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(ConfigError, match="none.yaml.*cannot be read"):
+        load_config(tmp_path / "none.yaml")

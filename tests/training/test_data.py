@@ -1,0 +1,74 @@
+"""Sample n of the faces dataset is the same in any process, order and restart."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("cv2")
+from lpmrf_fast.training.data import Faces, batches, find_images
+from lpmrf_fast.training.degradation import PRESETS
+
+
+@pytest.fixture
+def faces(tmp_path):
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        folder = tmp_path / ("a" if i % 2 else "b")
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (40 + i, 40, 3), dtype=np.uint8)).save(folder / f"{i}.png")
+    (tmp_path / "notes.txt").write_text("not an image")
+    return find_images(tmp_path)
+
+
+def make(faces, samples=20, **options):
+    return Faces(faces, 32, samples, seed=3, ranges=PRESETS["blind-face"], **options)
+
+
+def test_finds_images_below_the_folder_and_says_when_there_are_none(faces, tmp_path):
+    assert len(faces) == 5 and faces == sorted(faces)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="empty"):
+        find_images(tmp_path / "empty")
+
+
+def test_items_do_not_depend_on_order_or_instance(faces):
+    a, b = make(faces, crop=16, flip=True), make(faces, crop=16, flip=True)
+    there = [a[i] for i in range(12)]
+    back = [b[i] for i in reversed(range(12))][::-1]
+    for (clean, degraded), (clean2, degraded2) in zip(there, back):
+        assert clean.shape == degraded.shape == (3, 16, 16) and clean.dtype == torch.uint8
+        assert torch.equal(clean, clean2) and torch.equal(degraded, degraded2)
+
+
+def test_an_epoch_visits_every_face_once_and_epochs_differ(faces):
+    data = Faces(faces, 32, 20, seed=3)
+    epochs = [[data[5 * e + i].sum().item() for i in range(5)] for e in range(3)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2]) and len(set(epochs[0])) == 5
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+
+
+def test_the_same_face_is_degraded_anew_in_every_epoch(faces):
+    data = make(faces, shuffle=False)
+    assert not torch.equal(data[0][1], data[5][1])
+    assert torch.equal(data[0][0], data[5][0])
+
+
+def test_crops_of_clean_and_degraded_match(faces):
+    nothing = PRESETS["blind-face"].__class__(sigma=(0.05, 0.05), r=(1, 1), delta=(0, 0), q=(100, 100))
+    clean, degraded = Faces(faces, 32, 5, seed=0, ranges=nothing, crop=16, flip=True)[1]
+    # Luminance, because JPEG halves the resolution of the chroma; that of unrelated noise differs by 55.
+    difference = torch.einsum("chw,c->hw", clean.float() - degraded.float(), torch.tensor([0.299, 0.587, 0.114]))
+    assert difference.abs().mean() < 8
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_loader_continues_where_it_stopped(faces, workers):
+    whole = [b[1] for b in batches(make(faces), 3, workers)]
+    rest = [b[1] for b in batches(make(faces), 3, workers, first=4)]
+    assert len(whole) == 6 and len(rest) == 2
+    assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest))
+
+
+def test_the_last_incomplete_batch_is_kept_on_request(faces):
+    assert sum(len(b[0]) for b in batches(make(faces), 3, 0, keep_rest=True)) == 20

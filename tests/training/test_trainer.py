@@ -1,0 +1,206 @@
+"""Each stage really trains, resumes to the same weights, and stops at a loss that is not a number."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+pytest.importorskip("cv2")
+pytest.importorskip("yaml")
+from lpmrf_fast.checkpoint import load_model
+from lpmrf_fast.models import SwinIR
+from lpmrf_fast.training.config import ConfigError, TrainConfig
+from lpmrf_fast.training.stages import dct_basis, start_from_identity
+from lpmrf_fast.training.trainer import Trainer, learning_rate
+
+VAE = dict(
+    down_block_types=["EncoderBlock2D"] * 3,
+    up_block_types=["DecoderBlock2D"] * 3,
+    block_out_channels=[8, 8, 16],
+    layers_per_block=1,
+    layers_mid_block=1,
+    latent_channels=4,
+)
+SWINIR = dict(
+    img_size=16,
+    embed_dim=24,
+    depths=[2],
+    num_heads=[2],
+    window_size=4,
+    mlp_ratio=2,
+    sf=4,
+    upsampler="pixelshuffledirect",
+    unshuffle=True,
+    unshuffle_scale=4,
+)
+FLOW = dict(
+    in_channels=4,
+    out_channels=4,
+    patch_size=[1, 1],
+    block_dims=[16, 32],
+    block_layers=[1, 1],
+    block_types=["neighborhood", "global"],
+    window_sizes=[3, 0],
+    head_dims=[8, 16],
+    time_embed_dim=16,
+    mapping_mult=4.0,
+    zero_init_last_layer=True,
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Six smooth coloured pictures: something that a few steps can learn."""
+    folder = tmp_path_factory.mktemp("faces")
+    rng = np.random.default_rng(1)
+    y, x = np.mgrid[:64, :64] / 64
+    for i in range(6):
+        a = rng.uniform(-1, 1, (3, 3))
+        picture = 0.5 + 0.5 * np.sin(3 * (a[0] * x[..., None] + a[1] * y[..., None]) + a[2])
+        Image.fromarray((255 * picture).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def config(folder, out, **options):
+    base = dict(
+        train=str(folder), val=str(folder), out=str(out), size=64, steps=6, batch_size=2, workers=0, precision="fp32",
+        device="cpu", warmup=1, lr=2e-3, log_every=2, save_every=3, val_every=6, val_images=2, ema_decay=0.5,
+    )  # fmt: skip
+    return TrainConfig(**{**base, **options})
+
+
+def losses(out, key):
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return [r[key] for r in rows if key in r]
+
+
+@pytest.fixture(scope="module")
+def trained(folder, tmp_path_factory):
+    """The first two stages, trained briefly: the flow stage needs them."""
+    out = tmp_path_factory.mktemp("runs")
+    Trainer("vae", config(folder, out / "vae", model=VAE, crop=32, steps=60)).fit()
+    noise = {"sigma": [0.1, 0.1], "r": [1, 1], "delta": [20, 20], "q": [100, 100]}  # quickly learned
+    options = dict(model=SWINIR, identity_init=True, steps=100, lr=1e-3, degradation=noise)
+    Trainer("posterior-mean", config(folder, out / "mean", **options)).fit()
+    return out
+
+
+def test_vae_learns(trained):
+    l1 = losses(trained / "vae", "l1")
+    assert np.mean(l1[-3:]) < 0.7 * np.mean(l1[:3])
+    assert (trained / "vae" / "val-000060.png").exists()
+
+
+def test_vae_records_shift_and_scale_of_its_latents(folder, trained):
+    vae = load_model(trained / "vae/model")
+    faces = [torch.from_numpy(np.array(Image.open(p))) for p in sorted(folder.glob("*.png"))]
+    with torch.no_grad():
+        z = vae.encode(torch.stack(faces).permute(0, 3, 1, 2) / 127.5 - 1).chunk(2, dim=1)[0]
+    z = (z - vae.config["shift_factor"]) * vae.config["scaling_factor"]
+    assert abs(z.mean()) < 1e-3 and abs(z.std() - 1) < 1e-3
+
+
+def test_posterior_mean_learns_to_beat_its_input(trained):
+    assert losses(trained / "mean", "val_gain")[-1] > 0
+
+
+@pytest.mark.parametrize("cache", [0, 1])
+@pytest.mark.parametrize("time_sampling", ["uniform", "stratified"])
+def test_flow_learns(folder, trained, tmp_path, cache, time_sampling):
+    options = dict(model=FLOW, cache=cache, time_sampling=time_sampling, steps=30, batch_size=4)
+    ends = dict(vae=str(trained / "vae/model"), posterior_mean=str(trained / "mean/model"))
+    Trainer("flow", config(folder, tmp_path, **options, **ends)).fit()
+    velocity = losses(tmp_path, "velocity")
+    assert np.mean(velocity[-4:]) < np.mean(velocity[:4])
+    assert len(list((tmp_path / "latents").glob("pass-*.pt"))) == 2 * cache
+    assert "val_psnr" in (tmp_path / "log.jsonl").read_text()
+
+
+def test_flow_in_pixels_needs_no_vae(folder, trained, tmp_path):
+    model = FLOW | dict(in_channels=3, out_channels=3, patch_size=[4, 4], patch_embed_type="pixel_shuffle")
+    Trainer("flow", config(folder, tmp_path, model=model, posterior_mean=str(trained / "mean/model"))).fit()
+    assert len(losses(tmp_path, "velocity")) == 3
+
+
+def test_other_networks_make_the_cache_anew(folder, trained, tmp_path):
+    ends = dict(vae=str(trained / "vae/model"), posterior_mean=str(trained / "mean/model"))
+    for seed, same in ((0, None), (0, True), (1, False)):
+        before = {p.name: p.read_bytes() for p in (tmp_path / "latents").glob("pass-*")}
+        trainer = Trainer("flow", config(folder, tmp_path, model=FLOW, cache=1, seed=seed, **ends))
+        trainer.stage.dataset(4)
+        after = {p.name: p.read_bytes() for p in (tmp_path / "latents").glob("pass-*")}
+        assert len(after) == 2 and (same is None or (before == after) == same)
+
+
+def test_a_resumed_run_ends_with_the_same_weights(folder, tmp_path):
+    options = dict(model=VAE, crop=32, save_every=4)
+    whole = Trainer("vae", config(folder, tmp_path / "whole", **options))
+    whole.fit()
+    broken = Trainer("vae", config(folder, tmp_path / "broken", **options))
+
+    def stop(step=broken.stage.loss):
+        def loss(*args):
+            if broken.step == 5:
+                raise KeyboardInterrupt
+            return step(*args)
+
+        return loss
+
+    broken.stage.loss = stop()
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    resumed = Trainer("vae", config(folder, tmp_path / "broken", **options))
+    assert resumed.step == 4
+    resumed.fit()
+    for (name, a), b in zip(whole.ema.module.state_dict().items(), resumed.ema.module.state_dict().values()):
+        assert torch.equal(a, b), name
+    assert Trainer("vae", config(folder, tmp_path / "broken", **options)).step == 6
+
+
+def test_the_saved_model_is_the_ema(folder, tmp_path):
+    trainer = Trainer("vae", config(folder, tmp_path, model=VAE, crop=32))
+    trainer.fit()
+    saved = load_model(tmp_path / "model").state_dict()
+    ema, raw = trainer.ema.module.state_dict(), trainer.model.state_dict()
+    assert all(torch.equal(saved[k], ema[k]) for k in ema)
+    assert any(not torch.equal(raw[k], ema[k]) for k in ema)
+
+
+def test_a_loss_that_is_not_a_number_stops_and_keeps_the_checkpoint(folder, tmp_path):
+    trainer = Trainer("vae", config(folder, tmp_path, model=VAE, crop=32, save_every=2, lr=1e-3))
+    honest = trainer.stage.loss
+    trainer.stage.loss = lambda *a: honest(*a) if trainer.step < 3 else (torch.tensor(float("nan")), {})
+    with pytest.raises(FloatingPointError, match="step 3"):
+        trainer.fit()
+    assert torch.load(tmp_path / "last.pt", weights_only=True)["step"] == 2
+
+
+def test_flow_needs_a_posterior_mean(folder, tmp_path):
+    with pytest.raises(ConfigError, match="posterior_mean"):
+        Trainer("flow", config(folder, tmp_path, model=FLOW))
+
+
+def test_learning_rate_warms_up_stays_and_falls(folder, tmp_path):
+    c = config(folder, tmp_path, model=VAE, steps=100, warmup=10, decay=0.2)
+    rates = [learning_rate(s, c) for s in range(101)]
+    assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71 and rates[90] == 0.5 and rates[100] == 0
+
+
+@pytest.mark.parametrize("n", [4, 8])
+def test_dct_basis_is_orthonormal(n):
+    basis, spread = dct_basis(n, 3 * n * n)
+    assert torch.allclose(basis @ basis.T, torch.eye(3 * n * n), atol=1e-5)
+    assert spread.argmax() == 0 and (spread > 0).all()
+    assert dct_basis(n, 3 * n * n + 5)[0][3 * n * n :].abs().sum() == 0
+
+
+def test_identity_start_reproduces_smooth_pictures():
+    model = SwinIR(**SWINIR)
+    start_from_identity(model)
+    y, x = torch.meshgrid(torch.linspace(0, 1, 64), torch.linspace(0, 1, 64), indexing="ij")
+    picture = torch.stack([y, x, 0.5 * (x + y)])[None]
+    assert (model(picture) - picture).abs().max() < 0.02
+    with pytest.raises(ConfigError, match="pixelshuffledirect"):
+        start_from_identity(SwinIR(**(SWINIR | {"upsampler": "nearest+conv"})))
