@@ -57,6 +57,8 @@ class TrainConfig:
     """File with VGG19 weights for the perceptual term, which is left out without it."""
     noise_std: float = 0.1
     time_sampling: str = "uniform"
+    objective: str = "mse"
+    """posterior-mean: "mse", or "psnr" for the logarithm of each face's squared error."""
     identity_init: bool = False
     """posterior-mean with `pixelshuffledirect`: start as a low-pass copy of the input."""
     init: str | None = None
@@ -91,6 +93,8 @@ class TrainConfig:
         for name in ("steps", "batch_size", "size", "log_every", "save_every", "val_every", "val_images"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.objective not in ("mse", "psnr"):
+            raise ConfigError(f'objective must be "mse" or "psnr", got {self.objective!r}')
         if self.precision not in ("bf16", "fp32"):
             raise ConfigError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
         if self.crop is not None and self.crop > self.size:
