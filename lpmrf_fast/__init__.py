@@ -1,0 +1,21 @@
+"""Latent-PMRF face restoration (arXiv 2507.00447): restores, trains and serves, on fused kernels.
+
+    from lpmrf_fast import LatentPMRFPipeline
+    restored = LatentPMRFPipeline.from_pretrained()(photo).images[0]
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+__all__ = ["LatentPMRFPipeline", "PMRFPipeline", "Pipeline"]
+
+
+def __getattr__(name: str):
+    # Late, because the command line sets variables that torch reads when it is imported, and answers --help without it.
+    if name in __all__:
+        return getattr(import_module(".pipeline", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *__all__])

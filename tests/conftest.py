@@ -11,6 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+
+# Before triton: without a GPU its kernels run in the interpreter, which is chosen at the import.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
 from safetensors import safe_open
 
 from lpmrf_fast import models

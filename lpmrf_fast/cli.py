@@ -1,0 +1,296 @@
+"""The command `lpmrf-fast`: parses, calls, prints. No logic, and no torch before a subcommand runs."""
+
+import argparse
+import os
+import re
+import sys
+from pathlib import Path
+
+STAGES = ("vae", "posterior-mean", "flow")
+DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+DEFAULT_MAX_PIXELS = 2048 * 2048  # lpmrf_fast.restore's, which imports torch; a test keeps them equal
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command; the exit status: 0 all done, 1 something failed, 2 unusable arguments."""
+    args = parse(argv)
+    # Both are read when torch is imported. Photos are decoded and encoded in threads beside the networks', which must
+    # not spin while they wait; and huge pages make large tensors several times faster to touch.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        complain("interrupted; what was finished is kept, and the same command goes on from there")
+        return 130
+    except BrokenPipeError:  # the reader of stdout has gone (`| head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        if args.debug:
+            raise
+        expected = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
+        kind = "" if expected and str(error) else f"{type(error).__name__}: "
+        complain(f"{kind}{error}" + ("" if expected else " (LPMRF_DEBUG=1 shows where)"))
+        return 1
+
+
+def complain(message: str) -> None:
+    """One line on stderr."""
+    print(f"lpmrf-fast: {' '.join(message.split())}", file=sys.stderr, flush=True)
+
+
+# ---- subcommands
+
+
+def restore(args) -> int:
+    from .pipeline import Pipeline
+    from .restore import restore_files
+
+    report = restore_files(
+        args.sources,
+        args.output,
+        lambda: Pipeline.from_pretrained(
+            args.model, dtype=args.dtype, device=args.device, local_files_only=args.offline
+        ),
+        num_inference_steps=args.steps,
+        seed=args.seed,
+        batch_size=args.batch_size,
+        ext=args.ext,
+        posterior_mean=args.posterior_mean,
+        overwrite=args.overwrite,
+        max_pixels=args.max_pixels,
+        settings={"model": args.model or "bundled", "dtype": args.dtype},
+        log=complain,
+    )
+    print(report)
+    return 1 if report.failures else 0
+
+
+def demo(args) -> int:
+    from .demo import make
+
+    print(make(args.output, args.steps, args.seed, args.model, args.dtype, args.device))
+    return 0
+
+
+def doctor(args) -> int:
+    from .doctor import report
+
+    print(report())
+    return 0
+
+
+def train(args) -> int:
+    from .training import run
+
+    run(args.stage, args.config, args.set)
+    return 0
+
+
+# ---- arguments
+
+
+class Formatter(argparse.RawDescriptionHelpFormatter):
+    """Keeps the line breaks of descriptions and examples, and adds the defaults that there are."""
+
+    def _get_help_string(self, action):
+        default = action.default
+        shown = default is not None and default is not False and default != []
+        return f"{action.help} (default: {default})" if shown else action.help
+
+
+class Parser(argparse.ArgumentParser):
+    """Unusable arguments are one line, and exit status 2."""
+
+    def error(self, message):
+        complain(f"{message} ({self.prog} --help lists the options)")
+        raise SystemExit(2)
+
+
+def whole_number(low: int, high: int, what: str):
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not low <= number <= high:
+            raise argparse.ArgumentTypeError(f"expected {what}, got {text!r}")
+        return number
+
+    return parse
+
+
+def pixels(text: str) -> int:
+    found = re.fullmatch(r"(\d+)([kM]?)", text)
+    if not found or not (number := int(found[1]) * {"": 1, "k": 1000, "M": 1000_000}[found[2]]):
+        raise argparse.ArgumentTypeError(f"expected a number of pixels such as 4194304 or 100M, got {text!r}")
+    return number
+
+
+def device(text: str) -> str:
+    if text != "auto" and not re.fullmatch(r"(cpu|cuda|xpu|mps|hpu)(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
+    return text
+
+
+def picture(text: str) -> Path:
+    path = Path(text)
+    if path.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+        raise argparse.ArgumentTypeError(f"expected the name of a PNG, JPEG or WebP file, got {text!r}")
+    return path
+
+
+class Version(argparse.Action):
+    """Looks the version up only when it is asked for."""
+
+    def __call__(self, parser, *_):
+        from importlib.metadata import PackageNotFoundError, version
+
+        try:
+            print("lpmrf-fast", version("lpmrf-fast"))
+        except PackageNotFoundError:
+            print("lpmrf-fast (not installed: run from a checkout)")
+        parser.exit()
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; photos may also stand between and behind the options, where argparse takes none."""
+    top = parser()
+    args, rest = top.parse_known_args(argv)
+    if rest and (args.run is not restore or any(word.startswith("-") for word in rest)):
+        top.error(f"unrecognized arguments: {' '.join(rest)}")
+    if args.run is restore:
+        args.sources = [*args.input, *args.sources, *rest]
+        if not args.sources:
+            top.error("restore: no photos given; name files, folders or globs")
+    return args
+
+
+def parser() -> argparse.ArgumentParser:
+    """All of the command line."""
+    debug = bool(os.environ.get("LPMRF_DEBUG"))
+    top = Parser(
+        "lpmrf-fast",
+        formatter_class=Formatter,
+        description="Fast Latent-PMRF face restoration.",
+        epilog="examples:\n"
+        "  lpmrf-fast demo                       restore a face that scikit-image ships, and show it\n"
+        "  lpmrf-fast restore photos/ -o out     restore a folder of aligned faces\n"
+        "  lpmrf-fast doctor                     what a bug report should say\n\n"
+        "exit status: 0 all done, 1 something failed, 2 unusable arguments",
+    )
+    top.add_argument("--version", action=Version, nargs=0, help="show the version and exit")
+    commands = top.add_subparsers(title="commands", required=True, metavar="COMMAND", parser_class=Parser)
+
+    model = argparse.ArgumentParser(add_help=False)
+    group = model.add_argument_group("model")
+    group.add_argument("--model", metavar="NAME", help="checkpoint: folder, file or name (default: the bundled one)")
+    group.add_argument(
+        "--steps",
+        type=whole_number(1, 100_000, "at least 1 step"),
+        default=25,
+        metavar="K",
+        help="Euler steps of the flow",
+    )
+    group.add_argument(
+        "--seed",
+        type=whole_number(0, 2**63 - 1, "a whole number from 0 to 2**63 - 1"),
+        default=0,
+        metavar="S",
+        help="seed of the noise",
+    )
+    group.add_argument("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
+    group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", metavar="T", help="of the networks: auto, fp32, bf16 or fp16"
+    )
+
+    command = commands.add_parser(
+        "restore",
+        parents=[model],
+        formatter_class=Formatter,
+        help="restore files, folders and globs of aligned faces",
+        description="Restore aligned face photos of any size (the field's framing is 512x512; others are padded by\n"
+        "reflection and cropped back). Outputs keep their place and name below OUT. A photo that fails is a line on\n"
+        "stderr and in OUT/manifest.jsonl, and the others go on. Outputs that exist are skipped, so that the same\n"
+        "command continues an interrupted job.",
+        epilog="examples:\n"
+        "  lpmrf-fast restore photos/ -o out\n"
+        "  lpmrf-fast restore 'albums/**/*.jpg' more/face.png -o out --ext png --steps 10\n"
+        "  lpmrf-fast restore face.jpg -o restored.png",
+    )
+    command.add_argument("sources", nargs="*", metavar="SRC", help="photos, folders of photos, or globs")
+    command.add_argument("-i", "--input", action="extend", nargs="+", default=[], metavar="SRC", help="the same")
+    command.add_argument(
+        "-o",
+        "--output",
+        required=True,
+        metavar="OUT",
+        type=Path,
+        help="folder for the outputs; for one photo also a file name",
+    )
+    command.add_argument(
+        "--ext",
+        choices=("auto", "png", "jpg", "webp"),
+        default="auto",
+        help="format of the outputs; auto: that of the photo's name",
+    )
+    command.add_argument(
+        "--batch-size",
+        type=whole_number(1, 100_000, "at least 1 photo"),
+        metavar="N",
+        help="photos of one size that run together; halved when memory runs out (default: 8 of"
+        " 512x512 on a GPU, 1 on a CPU)",
+    )
+    command.add_argument(
+        "--posterior-mean", action="store_true", help="also write the posterior means, into OUT-posterior-mean"
+    )
+    command.add_argument("--overwrite", action="store_true", help="make outputs that exist again")
+    command.add_argument(
+        "--max-pixels",
+        type=pixels,
+        default=DEFAULT_MAX_PIXELS,
+        metavar="N",
+        help="refuse larger photos, before they are decoded; 100M is 100 million",
+    )
+    command.add_argument("--offline", action="store_true", help="never download a model")
+    command.set_defaults(run=restore)
+
+    command = commands.add_parser(
+        "demo",
+        parents=[model],
+        formatter_class=Formatter,
+        help="restore a well-known face and write a picture of it",
+        description="Degrade and restore the astronaut portrait that scikit-image ships, and write one picture:\n"
+        "degraded | posterior mean | restored | original. Downloads nothing; needs the extra `demo`.",
+    )
+    command.add_argument("-o", "--output", type=picture, default=Path("demo.png"), help="the picture")
+    command.set_defaults(run=demo)
+
+    command = commands.add_parser(
+        "doctor",
+        formatter_class=Formatter,
+        help="show versions, devices and which backend serves each op",
+        description="Show versions, devices, and which backend serves each op and why not another: paste it into a\n"
+        "bug report.",
+    )
+    command.set_defaults(run=doctor)
+
+    command = commands.add_parser(
+        "train",
+        formatter_class=Formatter,
+        help="train one of the three stages",
+        description="Train one stage as a YAML file says; the same command continues a run that was stopped.\n"
+        "Needs the extra `train`.",
+        epilog="example:\n  lpmrf-fast train vae --config vae.yaml --set steps=2000 --set lr=2e-4",
+    )
+    command.add_argument("stage", choices=STAGES, help="which network")
+    command.add_argument("--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings")
+    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of them")
+    command.set_defaults(run=train)
+
+    for command in commands.choices.values():
+        command.add_argument(
+            "--debug", action="store_true", default=debug, help="show tracebacks (also: LPMRF_DEBUG=1)"
+        )
+    return top
