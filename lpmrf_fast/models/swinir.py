@@ -307,13 +307,17 @@ class SwinIR(nn.Module):
         if self.patch_embed.norm is not None:
             x = self.patch_embed.norm(x)
         if self.ape:
-            H, W = self.resolution
-            if x.shape[1:3] != (H, W):
-                raise ValueError(f"SwinIR: with ape the feature map must be {H}x{W}, got {x.shape[1]}x{x.shape[2]}")
-            x = x + self.absolute_pos_embed.view(1, H, W, -1).to(x.dtype)
+            x = x + self._position_embedding(*x.shape[1:3]).to(x.dtype)
         for layer in self.layers:
             x = layer(x)
         return self.norm(x).permute(0, 3, 1, 2)
+
+    def _position_embedding(self, H: int, W: int) -> Tensor:
+        """(1, H, W, C); stretched to maps of another size than img_size, which the official code cannot take."""
+        table = self.absolute_pos_embed.view(1, *self.resolution, -1)
+        if (H, W) != self.resolution:
+            table = F.interpolate(table.permute(0, 3, 1, 2), (H, W), mode="bilinear").permute(0, 2, 3, 1)
+        return table
 
     def forward(self, y: Tensor) -> Tensor:
         if y.shape[-2] % self.multiple or y.shape[-1] % self.multiple:

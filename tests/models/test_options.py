@@ -371,14 +371,27 @@ def test_swinir_batches_do_not_mix(randomized, name):
     options = SWINIR_OPTIONS[name]
     network = randomized(swinir(**options)).double()
     down = options.get("unshuffle_scale", 1)
-    height, width = (16, 16) if network.ape else (8, 12)
-    y = randn(3, 3, height * down, width * down, dtype=torch.float64).sigmoid()
+    y = randn(3, 3, 8 * down, 12 * down, dtype=torch.float64).sigmoid()
     x = network(y)
     for i in range(3):
         torch.testing.assert_close(x[i : i + 1], network(y[i : i + 1]), rtol=1e-9, atol=1e-9)
     torch.testing.assert_close(
         network.to(memory_format=torch.channels_last)(y.to(memory_format=torch.channels_last)), x
     )
+
+
+def test_swinir_position_embedding_is_stretched_to_other_maps():
+    network = swinir(ape=True)
+    rows = torch.linspace(0, 1, 16)
+    with torch.no_grad():
+        network.absolute_pos_embed.copy_(rows[:, None, None].expand(16, 16, 12).reshape(1, 256, 12))
+    table = network.absolute_pos_embed.view(1, 16, 16, 12)
+    assert torch.equal(network._position_embedding(16, 16), table)
+    stretched = network._position_embedding(32, 8)
+    assert stretched.shape == (1, 32, 8, 12)
+    # Between neighbouring rows: a quarter of the way from one, then from the other.
+    torch.testing.assert_close(stretched[0, 1:3, 0, 0], rows[0] + (rows[1] - rows[0]) * torch.tensor([0.25, 0.75]))
+    assert network(torch.rand(1, 3, 20, 8)).shape == (1, 3, 40, 16)
 
 
 def test_swinir_windows_as_defined(randomized):
@@ -476,8 +489,6 @@ def test_inputs_that_do_not_fit():
         sim_vae().encode(torch.zeros(1, 3, 6, 5))
     with pytest.raises(ValueError, match=r"multiples of 4, got 8x6; pad the image"):
         swinir()(torch.zeros(1, 3, 8, 6))
-    with pytest.raises(ValueError, match=r"feature map must be 16x16, got 8x8"):
-        swinir(ape=True)(torch.zeros(1, 3, 8, 8))
     with pytest.raises(ValueError, match="sigma is missing"):
         loouformer()(torch.zeros(1, 2, 8, 8))
     with pytest.raises(ValueError, match="untimed"):
