@@ -1,7 +1,7 @@
 """Latent-PMRF face restoration (arXiv 2507.00447): restores, trains and serves, on fused kernels.
 
-    from lpmrf_fast import LatentPMRFPipeline
-    restored = LatentPMRFPipeline.from_pretrained()(photo).images[0]
+from lpmrf_fast import LatentPMRFPipeline
+restored = LatentPMRFPipeline.from_pretrained()(photo).images[0]
 """
 
 from importlib import import_module

@@ -52,7 +52,7 @@ class TrainConfig:
 
     # objective
     kl_weight: float = 1e-6
-    perceptual_weight: float = 0.0
+    perceptual_weight: float = 0.05
     vgg_weights: str | None = None
     """File with VGG19 weights for the perceptual term, which is left out without it."""
     noise_std: float = 0.1

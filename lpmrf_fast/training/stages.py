@@ -107,7 +107,6 @@ class VAEStage(Stage):
         y = model.decode(z).float() / 2 + 0.5
         return {"psnr": psnr(y, x), "latent_mean": float(z.mean()), "latent_std": float(z.std())}, [x, y]
 
-
     @torch.no_grad()
     def finish(self, model):
         """Record shift and scale of the latents, measured on training faces: the flow sees mean 0 and deviation 1."""

@@ -48,9 +48,7 @@ def test_draw_reaches_both_ends_of_every_choice():
 
 
 @settings(max_examples=20, deadline=None)
-@given(
-    seed=st.integers(0, 1000), height=st.sampled_from([1, 7, 33, 64]), width=st.sampled_from([1, 9, 40, 97])
-)
+@given(seed=st.integers(0, 1000), height=st.sampled_from([1, 7, 33, 64]), width=st.sampled_from([1, 9, 40, 97]))
 def test_degrade_keeps_shape_and_is_a_function_of_its_arguments(seed, height, width):
     image = noise_image(height, width)
     before = image.copy()
