@@ -18,7 +18,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from lpmrf_fast.evaluation import psnr, sliced_wasserstein
-from lpmrf_fast.pipeline import load_pipeline
+from lpmrf_fast.pipeline import Pipeline
 
 
 def tensor(image: Image.Image) -> torch.Tensor:
@@ -64,7 +64,7 @@ def main(argv=None) -> None:
     pairs = [(p, originals[p.stem]) for p in sorted(args.degraded.iterdir()) if p.stem in originals][: args.limit]
     if not pairs:
         sys.exit(f"no file of {args.degraded} has the name of one in {args.clean}")
-    pipe = load_pipeline(args.model, dtype=args.dtype)
+    pipe = Pipeline.from_pretrained(args.model, dtype=args.dtype)
     stacks, seconds = {"degraded": [], "posterior mean": [], "restored": [], "original": []}, []
     for done, (bad, good) in enumerate(pairs, 1):
         with Image.open(bad) as a, Image.open(good) as b:
