@@ -340,6 +340,7 @@ def _write(folder, config: dict, network: nn.Module, dtype: torch.dtype | None, 
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{WEIGHTS}.part"
         save_file(tensors, part, metadata={"format": "pt", METADATA_KEY: json.dumps(config)})
+        part.chmod(0o644)  # safetensors creates it for its owner alone, which an installed package must not be
         os.replace(part, folder / WEIGHTS)
         part = folder / f"{CONFIG}.part"
         part.write_text(text + "\n", encoding="utf-8")

@@ -55,6 +55,8 @@ class TrainConfig:
     perceptual_weight: float = 0.05
     vgg_weights: str | None = None
     """File with VGG19 weights for the perceptual term, which is left out without it."""
+    recolour: float = 0.0
+    """vae: share of images whose colour channels are put in another order."""
     noise_std: float = 0.1
     time_sampling: str = "uniform"
     objective: str = "mse"

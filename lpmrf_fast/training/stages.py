@@ -89,7 +89,7 @@ class VAEStage(Stage):
         self.perceptual = PerceptualLoss(config.vgg_weights).to(device) if config.vgg_weights else None
 
     def loss(self, batch, generator):
-        x = unit(batch) * 2 - 1
+        x = self._recoloured(unit(batch), generator) * 2 - 1
         mean, logvar = self.model.encode(x).float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
@@ -100,6 +100,14 @@ class VAEStage(Stage):
             terms["perceptual"] = self.perceptual(y, x)
             total = total + self.config.perceptual_weight * terms["perceptual"]
         return total, terms
+
+    def _recoloured(self, x: Tensor, generator) -> Tensor:
+        """Some images with their colour channels in another order: portraits have few greens, and a VAE that has not
+        seen a colour turns it into another."""
+        chosen = torch.rand(len(x), generator=generator) < self.config.recolour
+        orders = [torch.randperm(3, generator=generator) if c else torch.arange(3) for c in chosen]
+        order = torch.stack(orders).to(x.device)[:, :, None, None].expand(x.shape)
+        return x.gather(1, order).contiguous(memory_format=torch.channels_last)
 
     def judge(self, model, clean, degraded):
         x = unit(clean)

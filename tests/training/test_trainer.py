@@ -93,6 +93,16 @@ def test_vae_learns(trained):
     assert (trained / "vae" / "val-000060.png").exists()
 
 
+def test_recolouring_reorders_channels_of_some_images(folder, tmp_path):
+    x = torch.rand(64, 3, 4, 4)
+    for share in (0.0, 0.5):
+        stage = Trainer("vae", config(folder, tmp_path / str(share), model=VAE, recolour=share)).stage
+        y = stage._recoloured(x, torch.Generator().manual_seed(0))
+        assert torch.equal(y.sort(1).values, x.sort(1).values)
+        changed = (y != x).flatten(1).any(1).float().mean()
+        assert changed == 0 if share == 0 else 0.2 < changed < 0.7
+
+
 def test_vae_records_shift_and_scale_of_its_latents(folder, trained):
     vae = load_model(trained / "vae/model")
     faces = [torch.from_numpy(np.array(Image.open(p))) for p in sorted(folder.glob("*.png"))]
