@@ -57,6 +57,12 @@ class TrainConfig:
     """File with VGG19 weights for the perceptual term, which is left out without it."""
     recolour: float = 0.0
     """vae: share of images whose colour channels are put in another order."""
+    frozen_encoder: bool = False
+    """vae: train the decoder alone, so that latents, and a flow trained on them, stay valid."""
+    latent_noise: float = 0.0
+    """vae: the decoder sees latents with noise of up to this many of their deviations: it learns to forgive a flow."""
+    adversarial_weight: float = 0.0
+    """vae: gradient of the patch critic's term on the last layer, as a share of the L1 term's."""
     noise_std: float = 0.1
     time_sampling: str = "uniform"
     objective: str = "mse"

@@ -23,25 +23,7 @@ class PerceptualLoss(nn.Module):
         super().__init__()
         state = torch.load(path, map_location="cpu", weights_only=True)
         modules, channels = [], 3
-        for width in (
-            64,
-            64,
-            "M",
-            128,
-            128,
-            "M",
-            256,
-            256,
-            256,
-            256,
-            "M",
-            512,
-            512,
-            512,
-            512,
-            "M",
-            *(512,) * 4,
-        ):
+        for width in (64, 64, "M", 128, 128, "M", *(256,) * 4, "M", *(512,) * 4, "M", *(512,) * 4):
             if width == "M":
                 modules.append(nn.MaxPool2d(2))
             else:
@@ -64,3 +46,37 @@ class PerceptualLoss(nn.Module):
             if i in self.LAYERS:
                 loss = loss + self.LAYERS[i] * F.l1_loss(a, b)
         return loss
+
+
+class PatchCritic(nn.Module):
+    """Scores every patch of (B, 3, H, W) images in [-1, 1], high for real ones: (B, 1, H/4 - 2, W/4 - 2) or so.
+
+    A small PatchGAN (Isola et al. 2017, arXiv 1611.07004) with spectral normalisation in place of batch norm.
+    """
+
+    def __init__(self, width: int = 32):
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm
+        self.layers = nn.Sequential(
+            nn.Conv2d(3, width, 4, stride=2, padding=1),
+            nn.LeakyReLU(0.2),
+            norm(nn.Conv2d(width, 2 * width, 4, stride=2, padding=1)),
+            nn.LeakyReLU(0.2),
+            norm(nn.Conv2d(2 * width, 4 * width, 3, padding=1)),
+            nn.LeakyReLU(0.2),
+            norm(nn.Conv2d(4 * width, 1, 3, padding=1)),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def hinge_loss(real: Tensor, fake: Tensor) -> Tensor:
+    """What the critic minimises: scores of real images above 1, of others below -1."""
+    return (F.relu(1 - real).mean() + F.relu(1 + fake).mean()) / 2
+
+
+def balanced(term: Tensor, anchor: Tensor, parameter: nn.Parameter, share: float) -> Tensor:
+    """`term` scaled so that its gradient on `parameter` is `share` of the anchor's (VQGAN's adaptive weight)."""
+    norms = [torch.autograd.grad(t, parameter, retain_graph=True)[0].norm() for t in (anchor, term)]
+    return share * (norms[0] / norms[1].clamp(min=1e-8)).clamp(max=1e4).detach() * term

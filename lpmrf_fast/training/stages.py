@@ -16,7 +16,7 @@ from ..models import LooUFormer, SimVAE, SwinIR, build
 from .cache import LatentCache
 from .config import ConfigError, TrainConfig
 from .data import Faces, find_images
-from .losses import PerceptualLoss, kl_divergence
+from .losses import PatchCritic, PerceptualLoss, balanced, hinge_loss, kl_divergence
 
 CLASSES = {cls.__name__: cls for cls in (SimVAE, SwinIR, LooUFormer)}
 VALIDATION_SEED = 7
@@ -36,6 +36,8 @@ def unit(x: Tensor) -> Tensor:
 class Stage:
     """What the trainer asks of a stage. `model` is the trained network; frozen ones live beside it."""
 
+    critic: nn.Module | None = None
+    """A second network that judges the first while both train; `critic_loss` is its objective."""
     degrades = True
     """Whether batches are (clean, degraded) pairs or clean images alone."""
 
@@ -71,6 +73,10 @@ class Stage:
         """The objective of one batch and its named terms."""
         raise NotImplementedError
 
+    def critic_loss(self) -> Tensor:
+        """The critic's objective on the batch that `loss` saw last."""
+        raise NotImplementedError
+
     def judge(self, model: nn.Module, clean: Tensor, degraded: Tensor) -> tuple[dict, list[Tensor]]:
         """Scores on validation faces, and rows of pictures in [0, 1] to look at."""
         raise NotImplementedError
@@ -80,26 +86,45 @@ class Stage:
 
 
 class VAEStage(Stage):
-    """L1 + kl_weight · KL + perceptual_weight · VGG19 distance (Sim-VAE's objective)."""
+    """L1 + kl_weight · KL + perceptual_weight · VGG19 distance (Sim-VAE's objective), and an optional patch critic."""
 
     default, degrades = "SimVAE", False
 
     def __init__(self, config, device):
         super().__init__(config, device)
         self.perceptual = PerceptualLoss(config.vgg_weights).to(device) if config.vgg_weights else None
+        self.critic = PatchCritic().to(device) if config.adversarial_weight else None
+        if config.frozen_encoder:
+            self.model.encoder.requires_grad_(False)
 
     def loss(self, batch, generator):
+        c = self.config
         x = self._recoloured(unit(batch), generator) * 2 - 1
         mean, logvar = self.model.encode(x).float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
         noise = torch.randn(mean.shape, generator=generator).to(mean)
-        y = self.model.decode(mean + noise * (logvar / 2).exp()).float()
+        z = mean + noise * (logvar / 2).exp()
+        if c.latent_noise:
+            share = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator).to(z)
+            z = z + share * mean.detach().std() * torch.randn(z.shape, generator=generator).to(z)
+        y = self.model.decode(z).float()
         terms = {"l1": F.l1_loss(y, x), "kl": kl_divergence(mean, logvar)}
-        total = terms["l1"] + self.config.kl_weight * terms["kl"]
+        total = terms["l1"] + c.kl_weight * terms["kl"]
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(y, x)
-            total = total + self.config.perceptual_weight * terms["perceptual"]
+            total = total + c.perceptual_weight * terms["perceptual"]
+        if self.critic is not None:
+            self.critic.requires_grad_(False)
+            terms["adversarial"] = -self.critic(y).mean()
+            self.critic.requires_grad_(True)
+            last = self.model.decoder.conv_out.weight
+            total = total + balanced(terms["adversarial"], terms["l1"], last, c.adversarial_weight)
+            self.seen = x, y.detach()
         return total, terms
+
+    def critic_loss(self):
+        real, fake = self.critic(torch.cat(self.seen)).float().chunk(2)
+        return hinge_loss(real, fake)
 
     def _recoloured(self, x: Tensor, generator) -> Tensor:
         """Some images with their colour channels in another order: portraits have few greens, and a VAE that has not
@@ -118,6 +143,8 @@ class VAEStage(Stage):
     @torch.no_grad()
     def finish(self, model):
         """Record shift and scale of the latents, measured on training faces: the flow sees mean 0 and deviation 1."""
+        if self.config.frozen_encoder:
+            return
         paths = find_images(self.config.train)[:64]
         faces = Faces(paths, self.config.size, len(paths), self.config.seed, shuffle=False)
         means = [model.encode(unit(faces[i][None]).to(self.device) * 2 - 1).float() for i in range(len(faces))]

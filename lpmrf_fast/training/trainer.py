@@ -40,8 +40,9 @@ class Trainer:
         self.model = self.stage.model
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.ema.requires_grad_(False)
-        decayed = [p for p in self.model.parameters() if p.dim() > 1]
-        others = [p for p in self.model.parameters() if p.dim() <= 1]
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        decayed = [p for p in trained if p.dim() > 1]
+        others = [p for p in trained if p.dim() <= 1]
         self.optimizer = torch.optim.AdamW(
             [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
             lr=config.lr,
@@ -49,6 +50,10 @@ class Trainer:
             weight_decay=config.weight_decay,
         )
         self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: learning_rate(s, config))
+        self.critic_optimizer = None
+        if self.stage.critic is not None:
+            # Without momentum, as usual for critics: what it judges moves with every step.
+            self.critic_optimizer = torch.optim.AdamW(self.stage.critic.parameters(), config.lr, betas=(0.0, 0.99))
         self.step = 0
         self._resume()
 
@@ -60,6 +65,9 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if self.critic_optimizer:
+            self.stage.critic.load_state_dict(state["critic"])
+            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.step = state["step"]
         self.scheduler.last_epoch = self.step
         for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas):
@@ -75,6 +83,9 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
         }
+        if self.critic_optimizer:
+            state["critic"] = self.stage.critic.state_dict()
+            state["critic_optimizer"] = self.critic_optimizer.state_dict()
         torch.save(state, partial)
         os.replace(partial, self.out / "last.pt")
         save_model(self.out / "model", self.ema.module)
@@ -111,6 +122,12 @@ class Trainer:
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
             self.optimizer.step()
             self.scheduler.step()
+            if self.critic_optimizer:
+                with self._autocast():
+                    terms["critic"] = self.stage.critic_loss()
+                self.critic_optimizer.zero_grad(set_to_none=True)
+                terms["critic"].backward()
+                self.critic_optimizer.step()
             self.ema.update_parameters(self.model)
             self.step += 1
             counted += 1

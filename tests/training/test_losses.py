@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("cv2")
 pytest.importorskip("yaml")
-from lpmrf_fast.training.losses import PerceptualLoss, kl_divergence
+from lpmrf_fast.training.losses import PatchCritic, PerceptualLoss, balanced, hinge_loss, kl_divergence
 
 
 def test_kl_against_torch():
@@ -46,3 +46,24 @@ def test_other_weights_are_refused(tmp_path):
     torch.save({"features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(RuntimeError, match="features|Missing"):
         PerceptualLoss(str(tmp_path / "other.pth"))
+
+
+def test_balanced_gives_the_terms_gradients_the_asked_ratio():
+    w = torch.nn.Parameter(torch.randn(5))
+    anchor, term = (w - 1).abs().sum(), 100 * w.square().sum()
+    (g,) = torch.autograd.grad(balanced(term, anchor, w, 0.25), w)
+    assert g.norm() == pytest.approx(0.25 * 5**0.5, rel=1e-4)
+
+
+def test_critic_learns_to_tell_noise_from_flat_patches():
+    torch.manual_seed(0)
+    critic = PatchCritic(8)
+    optimizer = torch.optim.Adam(critic.parameters(), 3e-3)
+    flat, noise = torch.zeros(4, 3, 32, 32), torch.randn(4, 3, 32, 32)
+    first = hinge_loss(critic(flat), critic(noise)).item()
+    for _ in range(60):
+        loss = hinge_loss(critic(flat), critic(noise))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.5 * first and critic(flat).mean() > critic(noise).mean()

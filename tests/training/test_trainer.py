@@ -103,6 +103,18 @@ def test_recolouring_reorders_channels_of_some_images(folder, tmp_path):
         assert changed == 0 if share == 0 else 0.2 < changed < 0.7
 
 
+def test_decoder_refines_beside_a_critic_and_the_encoder_stays(folder, trained, tmp_path):
+    before = load_model(trained / "vae/model")
+    c = config(folder, tmp_path, model={}, init=str(trained / "vae/model"), crop=32, steps=20, **REFINED)
+    Trainer("vae", c).fit()
+    after = load_model(tmp_path / "model")
+    assert after.config["scaling_factor"] == before.config["scaling_factor"]
+    for (name, a), b in zip(before.state_dict().items(), after.state_dict().values()):
+        assert torch.equal(a, b) == name.startswith("encoder."), name
+    critic = losses(tmp_path, "critic")
+    assert critic[-1] < critic[0] and "adversarial" in (tmp_path / "log.jsonl").read_text()
+
+
 def test_vae_records_shift_and_scale_of_its_latents(folder, trained):
     vae = load_model(trained / "vae/model")
     faces = [torch.from_numpy(np.array(Image.open(p))) for p in sorted(folder.glob("*.png"))]
@@ -144,8 +156,12 @@ def test_other_networks_make_the_cache_anew(folder, trained, tmp_path):
         assert len(after) == 2 and (same is None or (before == after) == same)
 
 
-def test_a_resumed_run_ends_with_the_same_weights(folder, tmp_path):
-    options = dict(model=VAE, crop=32, save_every=4)
+REFINED = dict(adversarial_weight=0.3, latent_noise=0.2, frozen_encoder=True)
+
+
+@pytest.mark.parametrize("refined", [{}, REFINED], ids=["plain", "critic"])
+def test_a_resumed_run_ends_with_the_same_weights(folder, tmp_path, refined):
+    options = dict(model=VAE, crop=32, save_every=4, **refined)
     whole = Trainer("vae", config(folder, tmp_path / "whole", **options))
     whole.fit()
     broken = Trainer("vae", config(folder, tmp_path / "broken", **options))
