@@ -125,7 +125,7 @@ def load(name_or_path=None, revision: str | None = None, local_files_only: bool 
         everything = nn.ModuleDict(networks)
     except KeyError as error:  # a name with a dot, or one that a module cannot have
         raise CheckpointError(f"{path}: {_line(error)} cannot name a network; save the pipeline again") from error
-    _fill(everything, read_weights(weights), weights)
+    fill(everything, read_weights(weights), weights)
     return config, networks
 
 
@@ -142,7 +142,7 @@ def load_model(name_or_path, revision: str | None = None, local_files_only: bool
     if "_class_name" in config:
         config = {"class": config["_class_name"], "config": config}
     network = _build(str(path), config)
-    _fill(network, read_weights(weights), weights)
+    fill(network, read_weights(weights), weights)
     return network
 
 
@@ -151,7 +151,7 @@ def load_weights(network: nn.Module, path) -> None:
 
     The values are cast to the network's dtypes. Raises CheckpointError.
     """
-    _fill(network, read_weights(path), path, keep_dtype=True)
+    fill(network, read_weights(path), path, keep_dtype=True)
 
 
 def read_weights(path) -> dict[str, Tensor]:
@@ -259,7 +259,7 @@ def _build(where: str, entry) -> nn.Module:
         raise CheckpointError(f"{where}: {name} cannot be built from this config: {_line(error)}") from error
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], where, keep_dtype: bool = False) -> None:
+def fill(network: nn.Module, tensors: Mapping[str, Tensor], where, keep_dtype: bool = False) -> None:
     """Copy tensors into the network, strictly by name and shape."""
     wanted = network.state_dict()
     optional = {name for name, _ in network.named_buffers() if name.split(".")[-1] in RECOMPUTED}
