@@ -17,7 +17,7 @@ from .. import flow
 from .count import Estimate, estimate
 from .graphs import Captured, CudaDevice, Graphs, algorithms
 from .memory import Room, free_memory, give_back, is_out_of_memory, parse_bytes
-from .plan import Plan, bucket, resolved_backends
+from .plan import MODES, Plan, bucket, resolved_backends
 from .prepare import Prepared
 from .region import Buffers, Region, Segment
 from .staging import CudaLane, HostLane, Job, Statistics, Worker
@@ -101,6 +101,8 @@ class Engine:
             self.device = torch.device("cuda", self.device.index or 0)
             capturer = capturer or CudaDevice(self.device)
         self.mode = mode or ("graph" if capturer else "eager")
+        if self.mode not in MODES:
+            raise ValueError(f"Engine: mode must be one of {', '.join(MODES)}, got {mode!r}")
         if self.mode == "graph" and not capturer:
             raise ValueError(f"Engine: mode 'graph' needs a CUDA device, these networks are on {self.device}")
         self.deterministic, self.max_memory = deterministic, max_memory and parse_bytes(max_memory)

@@ -70,7 +70,7 @@ class Room:
         """Photos in the largest batch; 0: one does not fit whole, see `tile`."""
         if self.tile(height, width) is not None:
             return 0
-        fits = int(min(self.batch_size, max(1, self.pixels // (height * width))))
+        fits = int(min(self.batch_size, max(1, self.pixels / (height * width))))
         return min(fits, self.ceilings.get((height, width), fits))
 
     def shrink(self, height: int, width: int, batch: int) -> bool:

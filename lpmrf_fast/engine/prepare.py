@@ -40,9 +40,10 @@ class Prepared:
             # An autoencoder is called by encode and decode: its parts are what is called as modules.
             for module in network.children() if hasattr(network, "encode") else (network,):
                 module.compile()
-        self._tensors = [*self.networks.parameters(), *self.networks.buffers()]
-        self.version = self._count()
+        tensors = dict((*self.networks.named_parameters(), *self.networks.named_buffers()))
+        self._tensors = [tensors[name] for name in self.networks.state_dict()]
         self._fold()
+        self.version = self._count()
 
     def state_dict(self) -> dict[str, Tensor]:
         """All weights under their official names, `velocity.` and so on in front."""
@@ -60,8 +61,8 @@ class Prepared:
         version = self._count()
         if version == self.version:
             return False
-        self.version = version
         self._fold()
+        self.version = version
         return True
 
     def _count(self) -> int:
