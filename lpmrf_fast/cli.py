@@ -286,7 +286,7 @@ def parser() -> argparse.ArgumentParser:
     )
     command.add_argument("stage", choices=STAGES, help="which network")
     command.add_argument("--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of them")
+    command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change some of them")
     command.set_defaults(run=train)
 
     for command in commands.choices.values():

@@ -304,8 +304,8 @@ def test_train_hands_over(run, monkeypatch):
 
     seen = []
     monkeypatch.setattr(training, "run", lambda *args: seen.append(args))
-    assert run("train", "flow", "--config", "flow.yaml", "--set", "steps=3", "--set", "lr=1e-4")[0] == 0
-    assert seen == [("flow", Path("flow.yaml"), ["steps=3", "lr=1e-4"])]
+    assert run("train", "flow", "--config", "flow.yaml", "--set", "steps=3", "lr=1e-4", "--set", "seed=2")[0] == 0
+    assert seen == [("flow", Path("flow.yaml"), ["steps=3", "lr=1e-4", "seed=2"])]
 
 
 def test_a_missing_training_config_is_one_line(run, tmp_path):
