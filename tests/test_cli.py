@@ -257,12 +257,14 @@ def test_what_this_machine_cannot_do_is_one_line(run, photos, model, arguments):
 
 
 def test_the_cli_repeats_only_what_the_library_says():
+    from lpmrf_fast.convert import FORMS
     from lpmrf_fast.pipeline import DTYPES
     from lpmrf_fast.restore import DEFAULT_MAX_PIXELS
     from lpmrf_fast.training.config import STAGES
 
     assert cli.DEFAULT_MAX_PIXELS == DEFAULT_MAX_PIXELS
     assert cli.STAGES == STAGES
+    assert cli.FORMS == FORMS
     assert set(cli.DTYPES) - {"auto"} <= set(DTYPES)
 
 
@@ -270,7 +272,7 @@ def test_help_names_defaults_and_examples(run):
     status, out, err = run("restore", "--help")
     assert (status, err) == (0, [])
     assert "(default: 25)" in out and "(default: 0)" in out and "(default: auto)" in out and "examples:" in out
-    for name in ("demo", "doctor", "train"):
+    for name in ("demo", "doctor", "train", "convert"):
         assert run(name, "--help")[0] == 0
 
 
