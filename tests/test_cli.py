@@ -310,6 +310,19 @@ def test_train_hands_over(run, monkeypatch):
     assert seen == [("flow", Path("flow.yaml"), ["steps=3", "lr=1e-4"])]
 
 
+def test_convert_says_what_a_checkpoint_is_and_writes_another(run, photos, model):
+    status, out, err = run("convert", model)
+    assert (status, err) == (0, []) and "lpmrf-fast LatentPMRFPipeline" in out and "velocity        LooUFormer, " in out
+    status, out, err = run("convert", model, "one.safetensors")
+    assert (status, err) == (0, []) and out.splitlines()[-1] == "written: one.safetensors"
+    status, out, err = run("restore", "photos", "-o", "out", "--steps", "1", "--model", "one.safetensors")
+    assert (status, err) == (0, [])
+    status, out, (line,) = run("convert", model, "one.safetensors", "--to", "diffusers")
+    assert (status, out) == (1, "") and "one.safetensors: exists, and is not overwritten" in line
+    status, out, (line,) = run("convert", "photos/a.png")
+    assert (status, out) == (1, "") and "photos/a.png: not a checkpoint; give a folder" in line
+
+
 def test_a_missing_training_config_is_one_line(run, tmp_path):
     status, out, err = run("train", "vae", "--config", tmp_path / "none.yaml")
     assert (status, out, len(err)) == (1, "", 1) and "none.yaml" in err[0]

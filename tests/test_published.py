@@ -5,11 +5,12 @@ import math
 import pickle
 import struct
 
+import PIL.Image
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from lpmrf_fast import checkpoint, models, published
+from lpmrf_fast import checkpoint, cli, models, published
 from lpmrf_fast.checkpoint import CheckpointError
 from lpmrf_fast.pipeline import Pipeline, PMRFPipeline
 
@@ -127,6 +128,18 @@ def test_hub_folder(small, official):
     counts = [sum(name.startswith(prefix) for name in fixture.state) for prefix in ("model.", "mmse_model.")]
     assert f"HDiT, {counts[0]} tensors" in text and f"SwinIR, {counts[1]} tensors" in text
     assert "noise_std 0.1, eps 0.0" in text
+
+
+def test_the_commands_take_it_like_any_other(small, official, tmp_path, capsys):
+    pytest.importorskip("skimage")
+    pytest.importorskip("cv2")
+    device = ["--device", "cpu", "--dtype", "fp32", "--steps", "1", "--model", str(official)]
+    PIL.Image.linear_gradient("L").resize((70, 50)).convert("RGB").save(tmp_path / "photo.png")
+    assert cli.main(["restore", str(tmp_path / "photo.png"), "-o", str(tmp_path / "out"), *device]) == 0
+    with PIL.Image.open(tmp_path / "out" / "photo.png") as restored:
+        assert restored.size == (70, 50)
+    assert cli.main(["demo", "-o", str(tmp_path / "demo.png"), *device]) == 0
+    assert (tmp_path / "demo.png").exists() and "1 steps" in capsys.readouterr().out
 
 
 def test_noise_and_eps_of_the_config(small, tmp_path):
