@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from .. import flow
 from ..checkpoint import load_model
-from ..models import LooUFormer, SimVAE, SwinIR, build
+from ..models import HDiT, LooUFormer, SimVAE, SwinIR, build
 from .cache import LatentCache
 from .config import ConfigError, TrainConfig
 from .data import Faces, find_images
 from .losses import PatchCritic, PerceptualLoss, balanced, hinge_loss, kl_divergence
 
-CLASSES = {cls.__name__: cls for cls in (SimVAE, SwinIR, LooUFormer)}
+CLASSES = {cls.__name__: cls for cls in (SimVAE, SwinIR, LooUFormer, HDiT)}
 VALIDATION_SEED = 7
 
 
@@ -193,7 +193,7 @@ class FlowStage(Stage):
     def __init__(self, config, device):
         super().__init__(config, device)
         if config.posterior_mean is None:
-            raise ConfigError("flow: posterior_mean must name the folder of the trained posterior-mean network")
+            raise ConfigError("flow: posterior_mean must name the checkpoint of the posterior-mean network")
         self.posterior_mean = self._frozen(config.posterior_mean)
         self.vae = self._frozen(config.vae) if config.vae else None
         if config.crop is not None:
@@ -203,8 +203,8 @@ class FlowStage(Stage):
             self.shift = self.vae.config.get("shift_factor") or 0.0
             self.scale = self.vae.config.get("scaling_factor") or 1.0
 
-    def _frozen(self, folder):
-        model = load_model(folder).float().eval().requires_grad_(False)
+    def _frozen(self, checkpoint):
+        model = load_model(checkpoint).float().eval().requires_grad_(False)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def dataset(self, samples):
@@ -236,7 +236,7 @@ class FlowStage(Stage):
         source = source + self.config.noise_std * torch.randn(source.shape, generator=generator).to(source)
         t = flow.sample_times(len(source), self.config.time_sampling, generator).to(source)
         z = flow.interpolant(source, target, t).contiguous(memory_format=torch.channels_last)
-        velocity = flow.time_reversed(self.model, z, t).float()
+        velocity = flow.velocity(self.model, z, t).float()
         loss = F.mse_loss(velocity, flow.velocity_target(source, target))
         return loss, {"velocity": loss}
 
@@ -248,7 +248,7 @@ class FlowStage(Stage):
             source = self.encode(mean)
             noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(VALIDATION_SEED))
             source = source + self.config.noise_std * noise.to(source)
-            z = flow.sample(lambda z, t: flow.time_reversed(model, z, t).float(), source, 25)
+            z = flow.sample(lambda z, t: flow.velocity(model, z, t).float(), source, 25)
             rows.append((mean, self.decode(z)))
         mean, restored = (torch.cat(column) for column in zip(*rows))
         scores = {"psnr": psnr(restored, x), "psnr_mean": psnr(mean, x), "psnr_degraded": psnr(y, x)}
