@@ -172,10 +172,11 @@ def report(found: Checkpoint) -> str:
     modules = found.config.get("modules") or {"": found.config}
     rows = []
     for name, entry in modules.items():
-        tensors = [t for key, t in found.tensors.items() if key.startswith(f"{name}." if name else "")]
-        values = sum(t.numel() for t in tensors if t.is_floating_point()) / 1e6
-        dtypes = few({str(t.dtype).removeprefix("torch.") for t in tensors if t.is_floating_point()})
-        rows.append((name or "model", f"{entry['class']}, {len(tensors)} tensors, {values:.1f} M values, {dtypes}"))
+        own = {key: t for key, t in found.tensors.items() if key.startswith(f"{name}." if name else "")}
+        floats = [t for key, t in own.items() if t.is_floating_point() and key.split(".")[-1] not in RECOMPUTED]
+        values = sum(t.numel() for t in floats) / 1e6
+        dtypes = few({str(t.dtype).removeprefix("torch.") for t in floats})
+        rows.append((name or "model", f"{entry['class']}, {len(own)} tensors, {values:.1f} M values, {dtypes}"))
     settings = found.config.get("settings") or {}
     if settings:
         rows.append(("settings", ", ".join(f"{key} {value}" for key, value in settings.items())))

@@ -295,11 +295,13 @@ def parser() -> argparse.ArgumentParser:
         help="train one of the three stages",
         description="Train one stage as a YAML file says; the same command continues a run that was stopped.\n"
         "Needs the extra `train`.",
-        epilog="example:\n  lpmrf-fast train vae --config vae.yaml --set steps=2000 --set lr=2e-4",
+        epilog="example:\n  lpmrf-fast train vae --config vae.yaml --set steps=2000 lr=2e-4",
     )
     command.add_argument("stage", choices=STAGES, help="which network")
     command.add_argument("--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings")
-    command.add_argument("--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change some of them")
+    command.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change some of them"
+    )
     command.set_defaults(run=train)
 
     command = commands.add_parser(

@@ -129,7 +129,7 @@ def _unprefixed(tensors: dict[str, Tensor], prefixes=PREFIXES) -> dict[str, Tens
 
 def diffusers_entry(config: dict) -> dict:
     """A config.json of the diffusers layout → our config of one network; what ours has no place for is in the card."""
-    name = config["_class_name"]
+    name = str(config["_class_name"])
     arguments = {key: value for key, value in config.items() if key not in (*BOOKKEEPING, CARD)}
     published = {key: value for key, value in config.items() if key in BOOKKEEPING}
     return {"class": CLASS_NAMES.get(name, name), "config": arguments, "card": _card(config, published)}
@@ -142,16 +142,19 @@ def diffusers_config(entry: dict) -> dict:
     return {**_uncarded(entry), "_class_name": name, **entry["config"]}
 
 
-def _card(config: dict, published: dict) -> dict:
+def _card(config: dict, published: dict):
     """The card of a published config: the one that we wrote into it, if any, and what it said beside."""
-    return {**(config.get(CARD) or {}), "published": published}
+    card = config.get(CARD, {})
+    return {**card, "published": published} if isinstance(card, dict) else card
 
 
 def _uncarded(config: dict) -> dict:
     """The inverse of `_card`: keys for a published config."""
-    card = dict(config.get("card") or {})
-    published = dict(card.pop("published", {}))
-    return {**published, CARD: card} if card else published
+    card = config.get("card", {})
+    if not isinstance(card, dict):
+        return {CARD: card}
+    own = {key: value for key, value in card.items() if key != "published"}
+    return {**(card.get("published") or {}), **({CARD: own} if own else {})}
 
 
 def _is_pmrf(tensors: dict[str, Tensor]) -> bool:

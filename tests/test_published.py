@@ -323,6 +323,7 @@ def test_full_size_hub_folder(tmp_path):
     assert sum(t.numel() for k, t in found.tensors.items() if k.startswith("velocity.")) == 160_465_458
     text = checkpoint.describe(path)
     assert "velocity        HDiT, " in text and "160.5 M values, float32" in text
+    assert "15.8 M values" in text
     # The published configuration, spelled out.
     shape = {name: tuple(t.shape) for name, t in found.tensors.items()}
     assert shape["velocity.patch_in.proj.weight"] == (256, 48)
@@ -513,6 +514,12 @@ def test_pipelines_of_other_projects(tmp_path):
     index = {"_class_name": "StableDiffusionPipeline", "vae": ["diffusers", "AutoencoderKL"], "x": [1, 2]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     refuse(lambda: Pipeline.from_pretrained(tmp_path), "found a StableDiffusionPipeline with vae from diffusers")
+
+
+@pytest.mark.parametrize("config", [{"_class_name": ["AutoencoderKLSim"]}, {"stage": [], "arch": {}}, {"arch": [1]}])
+def test_nonsense_configs(small, tmp_path, config):
+    path = folder(tmp_path / "x", config, model=small[0].state)
+    refuse(lambda: Pipeline.from_pretrained(path), str(path))
 
 
 def test_several_files_of_weights_and_no_usual_name(small, official):
