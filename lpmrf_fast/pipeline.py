@@ -176,7 +176,8 @@ class Pipeline:
     def from_pretrained(
         cls, name_or_path=None, dtype="auto", device="auto", revision: str | None = None, local_files_only: bool = False
     ):
-        """The pipeline of a checkpoint: a folder or safetensors file, a bundled name, or `owner/name` on the hub.
+        """The pipeline of a checkpoint, ours or published PMRF weights: a folder, a file, a bundled name, or
+        `owner/name` on the hub.
 
         No name: the bundled checkpoint. dtype: of the networks, see `default_dtype`; None: as stored, at least float32.
         device: see `default_device`. Raises CheckpointError (a ValueError) for a checkpoint that cannot be used.

@@ -193,7 +193,7 @@ class FlowStage(Stage):
     def __init__(self, config, device):
         super().__init__(config, device)
         if config.posterior_mean is None:
-            raise ConfigError("flow: posterior_mean must name the folder of the trained posterior-mean network")
+            raise ConfigError("flow: posterior_mean must name the checkpoint of the posterior-mean network")
         self.posterior_mean = self._frozen(config.posterior_mean)
         self.vae = self._frozen(config.vae) if config.vae else None
         if config.crop is not None:
@@ -203,8 +203,8 @@ class FlowStage(Stage):
             self.shift = self.vae.config.get("shift_factor") or 0.0
             self.scale = self.vae.config.get("scaling_factor") or 1.0
 
-    def _frozen(self, folder):
-        model = load_model(folder).float().eval().requires_grad_(False)
+    def _frozen(self, checkpoint):
+        model = load_model(checkpoint).float().eval().requires_grad_(False)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def dataset(self, samples):
