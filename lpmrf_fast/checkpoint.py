@@ -122,7 +122,7 @@ def load(name_or_path=None, revision: str | None = None, local_files_only: bool 
         kind = found.config.get("class")
         raise CheckpointError(f"{found.where}: a single model ({kind}), not a pipeline; use checkpoint.load_model")
     networks = _networks(found)
-    fill(networks, found.tensors)
+    _fill(networks, found.tensors)
     return found.config, dict(networks.items())
 
 
@@ -138,7 +138,7 @@ def load_model(name_or_path, revision: str | None = None, local_files_only: bool
             f"{found.where}: a whole {found.config['pipeline']}, not a single model; use its from_pretrained"
         )
     network = _networks(found)
-    fill(network, found.tensors)
+    _fill(network, found.tensors)
     return network
 
 
@@ -147,9 +147,13 @@ def load_weights(network: nn.Module, path) -> None:
 
     The values are cast to the network's dtypes. Raises CheckpointError, and then the network is as it was.
     """
-    tensors = read_weights(path)
-    _compare(network, tensors, path)
-    fill(network, tensors, keep_dtype=True)
+    load_tensors(network, read_weights(path), path)
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], where="these weights") -> None:
+    """`load_weights`, of tensors by name; `where` they are from, for messages."""
+    _compare(network, tensors, where)
+    _fill(network, tensors, keep_dtype=True)
 
 
 def read(name_or_path=None, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
@@ -403,7 +407,7 @@ def _compare(network: nn.Module, tensors: Mapping[str, Tensor], where) -> None:
         )
 
 
-def fill(network: nn.Module, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
     """Copy tensors that `_compare` has seen into the network."""
     if not keep_dtype and any(t.dtype == torch.float64 for t in tensors.values()):
         network.double()

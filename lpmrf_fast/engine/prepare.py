@@ -54,7 +54,7 @@ class Prepared:
 
         Raises CheckpointError, a ValueError, for those of another architecture.
         """
-        checkpoint.fill(self.networks, tensors, "these weights", keep_dtype=True)
+        checkpoint.load_tensors(self.networks, tensors)
 
     def changed(self) -> bool:
         """Whether a weight was written in place, by anyone, since the last call; what follows from them is then new."""
