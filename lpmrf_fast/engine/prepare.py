@@ -5,7 +5,7 @@ weights, tables of the time points) is made here, and made again when they chang
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,22 @@ def replica(pipeline, convert: Callable[[Tensor], Tensor]):
 
 
 class Prepared:
-    """`stages`: the replica. `networks`: its networks by name, with the official names of their parameters."""
+    """`stages`: the replica. `networks`: its networks by name, with the official names of their parameters.
 
-    def __init__(self, pipeline, compiled: Iterable[str] = ()):
+    compiled: networks to put through torch.compile, with its options.
+    """
+
+    def __init__(self, pipeline, compiled: Mapping[str, dict]):
         self.stages = replica(pipeline, Tensor.detach)
         self.networks = nn.ModuleDict(self.stages.modules)
         unknown = sorted(set(compiled) - set(self.networks))
         if unknown:
             raise ValueError(f"compile: no network is called {unknown[0]!r}; there are {', '.join(self.networks)}")
-        for name in compiled:
+        for name, options in compiled.items():
             network = self.networks[name]
             # An autoencoder is called by encode and decode: its parts are what is called as modules.
             for module in network.children() if hasattr(network, "encode") else (network,):
-                module.compile()
+                module.compile(**options)
         tensors = dict((*self.networks.named_parameters(), *self.networks.named_buffers()))
         self._tensors = [tensors[name] for name in self.networks.state_dict()]
         self._fold()
