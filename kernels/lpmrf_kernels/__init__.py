@@ -1,8 +1,8 @@
 """Fused operations for face restoration: each is a torch op with a Triton, a C++ and a plain PyTorch backend.
 
-`euler_step` and `add_source_noise` have kernels. `group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention`
-and `neighborhood_attention_2d` have none yet: they are the reference, plain differentiable PyTorch, whatever backend
-is asked for. `backends()` says so for each of them.
+`group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention` and `neighborhood_attention_2d` have no kernels yet:
+they are the reference, plain differentiable PyTorch, whatever backend is asked for. `backends()` says so for each of
+them.
 """
 
 from . import registry as _registry
@@ -17,6 +17,7 @@ from .reference import (
     source_noise,
 )
 from .registry import backends, fallbacks, use_backend
+from .window_attention import window_attention
 
 __all__ = [
     "ada_rms_norm_2d",
@@ -30,6 +31,7 @@ __all__ = [
     "neighborhood_attention_2d",
     "source_noise",
     "use_backend",
+    "window_attention",
 ]
 
 for _op in (ada_rms_norm_2d, attention, group_norm_silu, layer_norm_2d, neighborhood_attention_2d):

@@ -90,17 +90,77 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale + bias + mask) v over (B · windows, heads, L, D): SwinIR's window attention.
+def windows(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) → (B · windows, size², C)."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // size, size, W // size, size, C)
+    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
-    bias (heads, L, L) is added to every window, mask (windows, L, L), if any, to every head of its window.
+
+def unwindows(x: Tensor, size: int, H: int, W: int) -> Tensor:
+    """The inverse of `windows`."""
+    n, _, C = x.shape
+    x = x.reshape(n * size**2 // (H * W), H // size, W // size, size, size, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def shift_mask(H: int, W: int, size: int, shift: int, device=None) -> Tensor:
+    """-100 between tokens of one window that the cyclic shift brought together, else 0: (windows, size², size²)."""
+
+    def regions(n):
+        r = torch.zeros(n, device=device)
+        r[n - size : n - shift] = 1
+        r[n - shift :] = 2
+        return r
+
+    region = 3 * regions(H)[:, None] + regions(W)
+    region = windows(region[None, :, :, None], size).squeeze(-1)
+    return torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
+
+
+def _split_windows(x: Tensor, parts: int, heads: int, size: int, shift: int) -> Tensor:
+    """(B, H, W, parts · heads · D) → (parts, B · windows, heads, L, D), rolled by the shift."""
+    return windows(x.roll((-shift, -shift), (1, 2)), size).unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _merge_windows(x: Tensor, size: int, shift: int, H: int, W: int) -> Tensor:
+    """The inverse of `_split_windows` for one part."""
+    return unwindows(x.transpose(1, 2).flatten(2), size, H, W).roll((shift, shift), (1, 2))
+
+
+def _window_probabilities(q: Tensor, k: Tensor, bias: Tensor, x: Tensor, size: int, shift: int, scale: float) -> Tensor:
+    logits = (q * scale) @ k.transpose(-2, -1) + bias.to(q.dtype)
+    if shift:
+        mask = shift_mask(*x.shape[1:3], size, shift, x.device).to(q.dtype)
+        logits = (logits.unflatten(0, (len(x), len(mask))) + mask[:, None]).flatten(0, 1)
+    return logits.softmax(dim=-1)
+
+
+def window_attention(x: Tensor, bias: Tensor, window_size: int, shift: int = 0, scale: float | None = None) -> Tensor:
+    """SwinIR's attention in windows of the map rolled by -shift: (B, H, W, 3C) → (B, H, W, C).
+
+    x holds q, k and v, each of heads · D channels; bias (heads, L, L) is added to the logits of every window.
     """
+    heads = len(bias)
+    q, k, v = _split_windows(x, 3, heads, window_size, shift)
     # PyTorch's softmax of a half-precision tensor computes in float32 inside; autocast would write float32 as well.
-    with torch.autocast(q.device.type, enabled=False):
-        logits = (q * scale) @ k.transpose(-2, -1) + bias.to(q.dtype)
-        if mask is not None:
-            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(q.dtype)).flatten(0, 1)
-        return logits.softmax(dim=-1) @ v
+    with torch.autocast(x.device.type, enabled=False):
+        p = _window_probabilities(q, k, bias, x, window_size, shift, q.shape[-1] ** -0.5 if scale is None else scale)
+        return _merge_windows(p @ v, window_size, shift, *x.shape[1:3])
+
+
+def window_attention_backward(g: Tensor, x: Tensor, bias: Tensor, window_size: int, shift: int, scale: float):
+    """Gradients (dx, dbias) of `window_attention` for the gradient g of its result."""
+    heads = len(bias)
+    with torch.autocast(x.device.type, enabled=False):
+        q, k, v = _upcast(_split_windows(x, 3, heads, window_size, shift))
+        (g,) = _split_windows(g, 1, heads, window_size, shift).to(q.dtype)
+        p = _window_probabilities(q, k, bias, x, window_size, shift, scale)
+        dp = g @ v.transpose(-2, -1)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        parts = ds @ k * scale, ds.transpose(-2, -1) @ q * scale, p.transpose(-2, -1) @ g
+        dx = torch.cat([_merge_windows(part, window_size, shift, *x.shape[1:3]) for part in parts], dim=-1)
+    return dx.to(x.dtype), ds.sum(0).to(bias.dtype)
 
 
 def window_starts(length: int, kernel_size: int) -> list[int]:
@@ -108,9 +168,7 @@ def window_starts(length: int, kernel_size: int) -> list[int]:
     return [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
 
 
-def neighborhood_attention_2d(
-    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float | None = None
-) -> Tensor:
+def neighborhood_attention_2d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float | None = None) -> Tensor:
     """Each query attends to exactly kernel_size x kernel_size keys around it; (B, H, W, heads, D) in and out.
 
     Same result as NATTEN's na2d with dilation 1. kernel_size is odd and at most min(H, W), else ValueError.
