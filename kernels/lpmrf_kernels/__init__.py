@@ -1,6 +1,7 @@
 """Fused operations for face restoration: each is a torch op with a Triton, a C++ and a plain PyTorch backend.
 
-`euler_step` and `add_source_noise` have kernels. `group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention`
+`euler_step`, `add_source_noise`, `to_uint8` and `from_uint8` have kernels; `upsample_conv` is a transposed convolution
+of PyTorch's. `group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention`
 and `neighborhood_attention_2d` have none yet: they are the reference, plain differentiable PyTorch, whatever backend
 is asked for. `backends()` says so for each of them.
 """
@@ -17,6 +18,8 @@ from .reference import (
     source_noise,
 )
 from .registry import backends, fallbacks, use_backend
+from .uint8 import from_uint8, to_uint8
+from .upsample_conv import fold_upsample_weight, upsample_conv
 
 __all__ = [
     "ada_rms_norm_2d",
@@ -25,10 +28,14 @@ __all__ = [
     "backends",
     "euler_step",
     "fallbacks",
+    "fold_upsample_weight",
+    "from_uint8",
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
     "source_noise",
+    "to_uint8",
+    "upsample_conv",
     "use_backend",
 ]
 
