@@ -13,7 +13,7 @@ RuntimeError. A backend that was asked for by name and cannot serve raises Runti
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,9 +45,7 @@ class Kernel:
 class CompileCase:
     """One ahead-of-time compilation of a Triton kernel: what `compile_report` tries on every target.
 
-    The tile sizes are the heuristic's, `num_warps` and `num_stages` too (None: Triton's own number of stages). Pointers
-    are taken to be 16-byte aligned; an integer that is a multiple of 16 at the real shapes is "i64:16", one that is 1
-    is a constexpr. `config`: the name that the launcher gives to `launch_config`, by default the op's.
+    The tile sizes are the heuristic's defaults at the real shapes. Pointers are taken to be 16-byte aligned.
     """
 
     label: str
@@ -55,8 +53,14 @@ class CompileCase:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
+    divisible: Collection[str] = ()
+    """Integers that a launch sees to be multiples of 16: loads are then as wide as they really are."""
+    aligned: bool = False
+    """All integers are."""
     num_stages: int | None = None
+    """None: Triton's own default."""
     config: str | None = None
+    """The name that the launcher gives to `launch_config`, None: the op's."""
 
 
 @dataclass(frozen=True)

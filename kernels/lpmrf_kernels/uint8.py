@@ -213,21 +213,28 @@ def _from_refuses(x: Tensor, low: float, high: float, dtype: torch.dtype, layout
 
 def _compile_cases(kernel, pointers) -> list[CompileCase]:
     ints = ("pixels", "channels", "width", *(f"stride_{t}{d}" for t in "xo" for d in "bchw"))
-    shapes = {
-        "flat": (dict(BLOCK=4096, BLOCK_C=1), True),
-        "planes and pixels": (dict(BLOCK=1024, BLOCK_C=4), True),
-        "strided": (dict(BLOCK=1024, BLOCK_C=4), False),
+    # What is 1 at a launch is a constant to the compiler.
+    cases = {
+        "flat": dict(BLOCK=4096, BLOCK_C=1, ROWS_JOIN=True, channels=1, stride_xw=1, stride_ow=1),
+        "planes to pixels": dict(BLOCK=1024, BLOCK_C=4, ROWS_JOIN=True, stride_xw=1, stride_oc=1),
+        "strided": dict(BLOCK=1024, BLOCK_C=4, ROWS_JOIN=False),
     }
     return [
         CompileCase(
             f"{dtype}, {name}",
             kernel,
-            {**pointers(dtype), **dict.fromkeys(ints, "i64"), "low": "fp32", "scale": "fp32"},
-            {**blocks, "ROWS_JOIN": join},
+            {
+                **pointers(dtype),
+                **dict.fromkeys((n for n in ints if n not in constants), "i64"),
+                "low": "fp32",
+                "scale": "fp32",
+            },
+            constants,
             num_warps=8,
+            divisible=("pixels", "width", "stride_xc"),
         )
         for dtype in FLOATS.values()
-        for name, (blocks, join) in shapes.items()
+        for name, constants in cases.items()
     ]
 
 
