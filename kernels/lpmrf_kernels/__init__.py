@@ -1,8 +1,6 @@
 """Fused operations for face restoration: each is a torch op with a Triton, a C++ and a plain PyTorch backend.
 
-`group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention` and `neighborhood_attention_2d` have no kernels yet:
-they are the reference, plain differentiable PyTorch, whatever backend is asked for. `backends()` says so for each of
-them.
+`backends()` says which of them serves an op, forward and backward, and why another does not.
 """
 
 from . import registry as _registry
@@ -17,6 +15,8 @@ from .reference import (
     source_noise,
 )
 from .registry import backends, fallbacks, use_backend
+from .uint8 import from_uint8, to_uint8
+from .upsample_conv import fold_upsample_weight, upsample_conv
 from .window_attention import window_attention
 
 __all__ = [
@@ -26,10 +26,14 @@ __all__ = [
     "backends",
     "euler_step",
     "fallbacks",
+    "fold_upsample_weight",
+    "from_uint8",
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
     "source_noise",
+    "to_uint8",
+    "upsample_conv",
     "use_backend",
     "window_attention",
 ]

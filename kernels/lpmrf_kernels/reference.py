@@ -247,3 +247,20 @@ def source_noise(shape, seeds, device=None) -> Tensor:
 def add_source_noise(z: Tensor, noise_std: float, seeds: Tensor) -> Tensor:
     """z + noise_std · source_noise in float32: the source of the ODE."""
     return z.float() + noise_std * source_noise(z.shape, seeds)
+
+
+def to_uint8(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Pixels of [low, high] as uint8: (x - low) · 255 / (high - low), clamped, halves to even. NaN becomes 0."""
+    y = (_upcast(x) - low) * (255 / (high - low))
+    return y.nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
+
+
+def from_uint8(x: Tensor, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 as pixels of [low, high]: x / 255 · (high - low) + low in at least float32, then rounded to dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (x.to(wide) / 255 * (high - low) + low).to(dtype)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Nearest 2x, then a 3x3 convolution with padding 1: the upsampler of Sim-VAE and of diffusers' decoders."""
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
