@@ -13,7 +13,7 @@ RuntimeError. A backend that was asked for by name and cannot serve raises Runti
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -50,6 +50,8 @@ class CompileCase:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
+    divisible: Collection[str] = ()
+    """Pointers and integers that a launch sees to be multiples of 16: loads are then as wide as they really are."""
 
 
 @dataclass(frozen=True)

@@ -146,6 +146,7 @@ def test_backends_lists_every_op_both_ways():
     rows = {(row.op, row.direction) for row in backends("cpu")}
     ops = (
         "ada_rms_norm_2d add_source_noise attention euler_step group_norm_silu layer_norm_2d neighborhood_attention_2d"
+        " rms_norm_2d"
     )
     assert rows == {(op, way) for op in ops.split() for way in ("forward", "backward")}
     for row in backends("cpu") + backends("cuda"):
