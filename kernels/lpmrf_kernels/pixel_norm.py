@@ -14,7 +14,7 @@ Traffic     Forward: x, then y (with a residual: x, residual, s and y). PyTorch 
             the statistics are computed again from a pixel that is in registers anyway, so that none are stored.
 Gradients   Those of weight and bias in two stages, without atomics: each program sums its pixels, then the programs'
             sums are added. Two runs give the same bits.
-Fallback    Triton takes up to 8192 channels, so that a pixel fits in registers. More of them and float64 go to the
+Fallback    Triton takes up to 4096 channels, so that a pixel fits in registers. More of them and float64 go to the
             reference and are counted.
 """
 
@@ -32,7 +32,7 @@ from .layout import evenly_spaced, image_strides, laid_out_like
 from .registry import OPS, CompileCase, Kernel, Op, choose, register, run
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-MAX_CHANNELS = 8192
+MAX_CHANNELS = 4096
 PROGRAMS = 1024  # of a backward pass, about; one number for all GPUs, so that they add up alike
 CHUNK = 16384  # elements that one partial sum of the C++ backward covers, at least
 
@@ -334,16 +334,16 @@ def _rows(x: Tensor) -> bool:
 
 
 def _forward_tile(x: Tensor) -> dict[str, int]:
-    """About 32 elements a thread. Rows: 8 KB of bf16. Columns: at least 32 pixels side by side where they fit."""
+    """About 16 elements a thread. Rows: 8 KB of bf16. Columns: at least 32 pixels side by side where they fit."""
     block_c = triton.next_power_of_2(x.shape[1])
     elements = 4096 if _rows(x) else min(max(32 * block_c, 4096), 16384)
-    return _tile(x, elements, elements_a_thread=32)
+    return _tile(x, elements, elements_a_thread=16)
 
 
 def _backward_tile(x: Tensor) -> dict[str, int]:
-    """About 16 elements a thread: two inputs and two running sums of them are in registers."""
+    """About 8 elements a thread: two inputs and two running sums of them are in registers."""
     block_c = triton.next_power_of_2(x.shape[1])
-    return _tile(x, 2048 if _rows(x) else min(max(16 * block_c, 2048), 4096), elements_a_thread=16)
+    return _tile(x, 2048 if _rows(x) else min(max(16 * block_c, 2048), 4096), elements_a_thread=8)
 
 
 def _tile(x: Tensor, elements: int, elements_a_thread: int) -> dict[str, int]:

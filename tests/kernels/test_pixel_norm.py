@@ -244,7 +244,7 @@ def test_float64_is_the_references(name):
 
 def test_more_channels_than_fit_in_registers(interpreted):
     x = torch.randn(1, pixel_norm.MAX_CHANNELS + 1, 1, 2)
-    with interpreted, pytest.raises(RuntimeError, match="cannot serve: the kernel takes up to 8192 channels"):
+    with interpreted, pytest.raises(RuntimeError, match="cannot serve: the kernel takes up to 4096 channels"):
         ops.rms_norm_2d(x, None)
 
 
