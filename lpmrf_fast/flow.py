@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lpmrf_kernels import euler_step
 
-TIME_SAMPLINGS = ("uniform", "stratified")
+TIME_SAMPLINGS = ("uniform", "stratified", "logit-normal")
 
 
 def interpolant(source: Tensor, clean: Tensor, t: Tensor | float) -> Tensor:
@@ -84,19 +84,30 @@ def velocity(network: Callable[..., Tensor], x: Tensor, t: Tensor | float, time_
     return timed(x, t)
 
 
-def sample_times(batch: int, mode: str = "uniform", generator: torch.Generator | None = None, device=None) -> Tensor:
+def sample_times(
+    batch: int,
+    mode: str = "uniform",
+    generator: torch.Generator | None = None,
+    device=None,
+    share: tuple[int, int] = (0, 1),
+) -> Tensor:
     """Times (batch,) float32 in [0, 1) to train at; `device` defaults to the generator's.
 
     "uniform": independent draws. "stratified": one draw from each of `batch` equal intervals, in order: fewer batches
-    see one part of the path only (k-diffusion's stratified_uniform, as PMRF trains).
+    see one part of the path only (k-diffusion's stratified_uniform, as PMRF trains). "logit-normal": the sigmoid of
+    normal draws, most of them in the middle of the path (arXiv 2403.03206).
+    share: (k, n) where this is part k of n of one batch, whose intervals the parts then take in turn.
     Raises ValueError for another mode.
     """
     if mode not in TIME_SAMPLINGS:
         raise ValueError(f"time sampling must be one of {', '.join(TIME_SAMPLINGS)}, got {mode!r}")
     if device is None:
         device = generator.device if generator is not None else "cpu"
+    if mode == "logit-normal":
+        return torch.randn(batch, generator=generator, device=device).sigmoid_().clamp_(max=1 - 2**-24)
     u = torch.rand(batch, generator=generator, device=device)
     if mode == "uniform":
         return u
+    k, n = share
     # (batch - 1 + u) / batch can round up to 1.
-    return ((torch.arange(batch, device=device) + u) / batch).clamp_(max=1 - 2**-24)
+    return ((torch.arange(k, batch * n, n, device=device) + u) / (batch * n)).clamp_(max=1 - 2**-24)

@@ -392,7 +392,7 @@ class Pipeline:
     def _padded(self, photo: Tensor, size: tuple[int, int]) -> Tensor:
         """(3, h, w) uint8 or float → (3, H, W) in [0, 1] on the pipeline's device."""
         x = photo.to(self.device)
-        x = x.to(self.state_dtype) / 255 if x.dtype == torch.uint8 else x.to(self.state_dtype)
+        x = ops.from_uint8(x[None], dtype=self.state_dtype)[0] if x.dtype == torch.uint8 else x.to(self.state_dtype)
         rows, columns = (_reflected(n, size[axis], x.device) for axis, n in enumerate(x.shape[-2:]))
         return x[:, rows[:, None], columns]
 
@@ -614,7 +614,7 @@ def _converted(x: Tensor, output_type: str):
     """(3, H, W) in [0, 1] → a PIL image, a float32 array (H, W, 3), or a float32 tensor of its own memory."""
     if output_type == "pt":
         return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    x = x.permute(1, 2, 0)
     if output_type == "np":
-        return x.float().cpu().contiguous().numpy()
-    return PIL.Image.fromarray((x * 255).round().to(torch.uint8).cpu().contiguous().numpy())
+        return x.permute(1, 2, 0).float().cpu().contiguous().numpy()
+    picture = ops.to_uint8(x[None], memory_format=torch.channels_last)[0]
+    return PIL.Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())

@@ -57,11 +57,17 @@ def layer_norm_2d(
     return y if residual is None else (x, y)
 
 
-def rms_norm_2d(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean over channels of x² + eps) · weight over (B, C, H, W); weight is (C,) or (B, C)."""
+def rms_norm_2d(x: Tensor, weight: Tensor | None, eps: float = 1e-6, residual: Tensor | None = None):
+    """x / sqrt(mean over channels of x² + eps) · weight over (B, C, H, W); weight is (C,) or (B, C).
+
+    With a residual the sum is normalised and both are returned: (x + residual, y).
+    """
+    if residual is not None:
+        x = x + residual
     h = _upcast(x)
     y = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + eps)
-    return (y if weight is None else y * _per_channel(weight, y)).to(x.dtype)
+    y = (y if weight is None else y * _per_channel(weight, y)).to(x.dtype)
+    return y if residual is None else (x, y)
 
 
 def ada_rms_norm_2d(x: Tensor, scale: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
@@ -69,10 +75,26 @@ def ada_rms_norm_2d(x: Tensor, scale: Tensor, eps: float = 1e-6, residual: Tenso
 
     With a residual the sum is normalised and both are returned: (x + residual, y).
     """
-    if residual is not None:
-        x = x + residual
-    y = rms_norm_2d(x, 1 + _upcast(scale), eps)
-    return y if residual is None else (x, y)
+    return rms_norm_2d(x, 1 + _upcast(scale), eps, residual)
+
+
+def pixel_norm_backward(x: Tensor, g: Tensor, weight: Tensor | None, eps: float, centred: bool):
+    """Gradients of the norms above (`centred`: layer_norm_2d) for the gradient g of y; x is what was normalised.
+
+    Returns dx, and the gradients of weight and bias photo by photo (B, C), all in at least float32.
+    """
+    h, g = _upcast(x), g.to(_upcast(x).dtype)
+    if centred:
+        h = h - h.mean(dim=1, keepdim=True)
+    rstd = torch.rsqrt(h.square().mean(dim=1, keepdim=True) + eps)
+    h = h * rstd
+    dweight, dbias = (g * h).sum((2, 3)), g.sum((2, 3))
+    if weight is not None:
+        g = g * _per_channel(weight, g)
+    dx = g - h * (g * h).mean(dim=1, keepdim=True)
+    if centred:
+        dx = dx - g.mean(dim=1, keepdim=True)
+    return dx * rstd, dweight, dbias
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -247,3 +269,20 @@ def source_noise(shape, seeds, device=None) -> Tensor:
 def add_source_noise(z: Tensor, noise_std: float, seeds: Tensor) -> Tensor:
     """z + noise_std · source_noise in float32: the source of the ODE."""
     return z.float() + noise_std * source_noise(z.shape, seeds)
+
+
+def to_uint8(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Pixels of [low, high] as uint8: (x - low) · 255 / (high - low), clamped, halves to even. NaN becomes 0."""
+    y = (_upcast(x) - low) * (255 / (high - low))
+    return y.nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
+
+
+def from_uint8(x: Tensor, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 as pixels of [low, high]: x / 255 · (high - low) + low in at least float32, then rounded to dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (x.to(wide) / 255 * (high - low) + low).to(dtype)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Nearest 2x, then a 3x3 convolution with padding 1: the upsampler of Sim-VAE and of diffusers' decoders."""
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)

@@ -34,6 +34,9 @@ class LatentCache:
             "ranges": repr(config.ranges),
             "networks": [_digest(f) for f in (config.posterior_mean, config.vae) if f],
         }
+        start = config.condition or config.source
+        if start != "posterior-mean":
+            recipe["start"] = start
         folder.mkdir(parents=True, exist_ok=True)
         recipe_file = folder / "recipe.json"
         if not recipe_file.exists() or json.loads(recipe_file.read_text()) != recipe:
@@ -50,7 +53,12 @@ class LatentCache:
         return self.folder / f"pass-{p:03d}.pt"
 
     def _compute(self, p, paths, config, ends, bar):
-        faces = Faces(paths, config.size, len(paths), config.seed + p, config.ranges, shuffle=False, memory=0)
+        faces = Faces(
+            *(paths, config.size, len(paths), config.seed + p, config.ranges),
+            shuffle=False,
+            memory=0,
+            unusable=Path(config.out) / "left-out.txt",
+        )
         sources, targets = [], []
         for clean, degraded in batches(faces, 4, config.workers, keep_rest=True):
             if p % 2:

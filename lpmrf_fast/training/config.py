@@ -5,8 +5,10 @@ import difflib
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..flow import TIME_SAMPLINGS
 from .degradation import PRESETS as DEGRADATIONS
-from .degradation import Ranges
+from .degradation import Ranges, TwoStage
+from .log import TRACKERS
 
 try:
     import yaml
@@ -14,6 +16,17 @@ except ImportError as error:
     raise ImportError('training needs PyYAML: pip install "lpmrf-fast[train]"') from error
 
 STAGES = ("vae", "posterior-mean", "flow")
+PRESETS = Path(__file__).parent / "presets"
+CHOICES = {
+    "objective": ("mse", "psnr"),
+    "precision": ("bf16", "fp32"),
+    "schedule": ("trapezoid", "constant", "cosine"),
+    "time_sampling": TIME_SAMPLINGS,
+    "source": ("posterior-mean", "degraded", "noise"),
+    "condition": (None, "degraded", "posterior-mean"),
+    "degrade_on": ("cpu", "device"),
+    "tracker": TRACKERS,
+}
 
 
 class ConfigError(ValueError):
@@ -26,7 +39,7 @@ class TrainConfig:
 
     # what is trained
     out: str
-    """Run folder: checkpoint, log and pictures."""
+    """Run folder: checkpoints, log and pictures."""
     model: dict
     """`preset: NAME` and/or constructor arguments; `class` (SimVAE, SwinIR, LooUFormer, HDiT) where there is none."""
     posterior_mean: str | None = None
@@ -36,16 +49,18 @@ class TrainConfig:
 
     # data
     train: str = "data/train"
-    """Folder of clean faces, searched recursively."""
+    """Clean faces: a folder, searched recursively, a .tar of the webdataset kind, or a pattern such as faces/*.tar."""
     val: str | None = None
-    """Folder of clean faces for validation; degraded once and for all by the seed."""
+    """Clean faces for validation, likewise; degraded once and for all by the seed."""
     size: int = 512
     """Faces are resized to this many pixels on both sides."""
     crop: int | None = None
-    """Side of random crops; none: whole faces."""
+    """Side of random crops; none: whole faces. Smaller images are left out and listed."""
     flip: bool = True
     degradation: str | dict = "blind-face"
-    """A preset's name, or ranges: sigma, r, delta, q (pairs), kernel_size."""
+    """A preset's name, or ranges: sigma, r, delta, q (pairs), kernel_size; `preset: NAME` in them starts from one."""
+    degrade_on: str = "cpu"
+    """Where training images are degraded: "cpu", by the workers, or "device", by the GPU, one image after another."""
     cache: int = 0
     """flow: degradations a face (and its mirror image) whose latents are computed once and kept; 0: computed live."""
     workers: int = 2
@@ -55,6 +70,10 @@ class TrainConfig:
     perceptual_weight: float = 0.05
     vgg_weights: str | None = None
     """File with VGG19 weights for the perceptual term, which is left out without it."""
+    lpips_weight: float = 0.0
+    """vae: weight of LPIPS, beside or in place of the perceptual term."""
+    lpips_weights: str | None = None
+    """File with AlexNet's or VGG16's weights for LPIPS; its linear weights are torchmetrics'."""
     recolour: float = 0.0
     """vae: share of images whose colour channels are put in another order."""
     frozen_encoder: bool = False
@@ -63,8 +82,14 @@ class TrainConfig:
     """vae: the decoder sees latents with noise of up to this many of their deviations: it learns to forgive a flow."""
     adversarial_weight: float = 0.0
     """vae: gradient of the patch critic's term on the last layer, as a share of the L1 term's."""
+    source: str = "posterior-mean"
+    """flow: where it starts: "posterior-mean" (PMRF), "degraded" (the naive flow), or "noise" of deviation one."""
+    condition: str | None = None
+    """flow from noise: what the network sees beside its state, "degraded" or "posterior-mean"."""
     noise_std: float = 0.1
+    """flow: deviation of the noise on the source; not for the source "noise"."""
     time_sampling: str = "uniform"
+    """flow: "uniform", "stratified" or "logit-normal"."""
     objective: str = "mse"
     """posterior-mean: "mse", or "psnr" for the logarithm of each face's squared error."""
     identity_init: bool = False
@@ -75,50 +100,81 @@ class TrainConfig:
     # optimisation
     steps: int = 100_000
     batch_size: int = 8
+    """Images a step, over all processes and accumulated parts."""
+    accumulate: int = 1
+    """Parts that a process takes a step in, one after another: the gradient of a batch that does not fit."""
     lr: float = 5e-4
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 1e-2
+    schedule: str = "trapezoid"
+    """"trapezoid", "constant" or "cosine", behind the warm-up."""
     warmup: int = 100
+    warmup_from: float = 0.0
+    """Share of lr that the warm-up starts at."""
     decay: float = 0.2
-    """The learning rate is constant, then falls linearly to zero over this last share of the steps."""
+    """trapezoid: constant, then falling linearly to zero over this last share of the steps."""
+    cycle: int | None = None
+    """cosine: steps from lr to lr_min; none: all that are left."""
+    lr_min: float = 0.0
     grad_clip: float = 1.0
     ema_decay: float = 0.999
     precision: str = "bf16"
     """bf16 (autocast) or fp32."""
+    compile: bool = False
+    """Through torch.compile: minutes at the start, fewer milliseconds a step on a GPU."""
     seed: int = 0
     device: str = "auto"
 
     # reporting
+    tracker: str = "auto"
+    """"tensorboard", "wandb" or "none", beside log.jsonl; "auto": TensorBoard where it is installed."""
     log_every: int = 50
     save_every: int = 500
+    keep: int = 2
+    """The last checkpoints that are kept."""
     val_every: int = 500
     val_images: int = 8
 
-    ranges: Ranges = field(init=False)
+    ranges: Ranges | TwoStage = field(init=False)
 
     def __post_init__(self):
         object.__setattr__(self, "ranges", _ranges(self.degradation))
-        for name in ("steps", "batch_size", "size", "log_every", "save_every", "val_every", "val_images"):
+        counts = (
+            "steps",
+            "batch_size",
+            "accumulate",
+            "size",
+            "log_every",
+            "save_every",
+            "val_every",
+            "val_images",
+            "keep",
+        )
+        for name in counts:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.objective not in ("mse", "psnr"):
-            raise ConfigError(f'objective must be "mse" or "psnr", got {self.objective!r}')
-        if self.precision not in ("bf16", "fp32"):
-            raise ConfigError(f'precision must be "bf16" or "fp32", got {self.precision!r}')
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                names = ", ".join(f'"{k}"' if k else "null" for k in known)
+                raise ConfigError(f"{name} must be one of {names}, got {getattr(self, name)!r}")
+        if (self.source == "noise") != (self.condition is not None):
+            raise ConfigError('a flow from "noise" needs a condition ("degraded" or "posterior-mean"), others none')
+        if self.lpips_weight and not self.lpips_weights:
+            raise ConfigError("lpips_weight needs lpips_weights, a file with AlexNet's or VGG16's weights")
         if self.crop is not None and self.crop > self.size:
             raise ConfigError(f"crop {self.crop} is larger than size {self.size}")
         if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1 or self.lr <= 0:
             raise ConfigError("decay must be in [0, 1], ema_decay in [0, 1) and lr positive")
 
 
-def _ranges(value) -> Ranges:
-    if isinstance(value, str):
-        if value not in DEGRADATIONS:
-            raise ConfigError(f"no degradation preset {value!r}; there are {', '.join(DEGRADATIONS)}")
-        return DEGRADATIONS[value]
-    return Ranges(
-        **{k: tuple(v) if isinstance(v, list) else v for k, v in _known(value, Ranges, "degradation").items()}
-    )
+def _ranges(value) -> Ranges | TwoStage:
+    changes = dict(value) if isinstance(value, dict) else {"preset": value}
+    name = changes.pop("preset", "blind-face")
+    if name not in DEGRADATIONS:
+        raise ConfigError(f"no degradation preset {name!r}; there are {', '.join(DEGRADATIONS)}")
+    start = DEGRADATIONS[name]
+    changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
+    return dataclasses.replace(start, **_known(changes, type(start), "degradation"))
 
 
 def _known(values: dict, cls, where: str) -> dict:
@@ -133,12 +189,16 @@ def _known(values: dict, cls, where: str) -> dict:
 def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
     """Read a YAML file and apply `key=value` overrides (values are YAML too; `model.x=1` reaches into a mapping).
 
-    Raises ConfigError naming the file and the key.
+    The name of a shipped preset does for a path. Raises ConfigError naming the file and the key.
     """
+    shipped = PRESETS / f"{path}.yaml"
+    if not Path(path).exists() and shipped.parent == PRESETS and shipped.exists():
+        path = shipped
     try:
         values = yaml.safe_load(Path(path).read_text())
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from None
+        known = ", ".join(sorted(p.stem for p in PRESETS.glob("*.yaml")))
+        raise ConfigError(f"{path}: cannot be read ({error.strerror}); shipped presets: {known}") from None
     except yaml.YAMLError as error:
         raise ConfigError(f"{path}: not valid YAML ({' '.join(str(error).split())})") from None
     if not isinstance(values, dict):

@@ -1,10 +1,14 @@
-"""The degradation of blind face restoration: y = up( JPEG_q( down_r( x * k ) + n ) ).
+"""Degradations of blind face restoration: what is drawn, and what is done to a picture.
 
-`k` is a Gaussian kernel, isotropic or anisotropic; `r` the reduction; `n` Gaussian noise; `q` the JPEG quality. The
-published ranges are those of GFPGAN, DifFace and PMRF. Drawing and applying are apart, so that a degradation can be
-written down, repeated and shown.
+The face literature's: y = up( JPEG_q( down_r( x * k ) + n ) ), `k` a Gaussian kernel, isotropic or anisotropic; `r` the
+reduction; `n` Gaussian noise; `q` the JPEG quality; published ranges are those of GFPGAN, DifFace and PMRF. And
+Real-ESRGAN's (arXiv 2107.10833): two rounds of blur, resize, noise and JPEG, and a sinc filter.
+
+Drawing and applying are apart, so that a degradation can be written down, repeated and shown. What is drawn becomes a
+program of a few operations, which `OnPillow` runs on the CPU and `degradation_torch.OnTorch` on any device.
 """
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,7 +19,12 @@ try:
 except ImportError as error:
     raise ImportError('degrading images needs OpenCV: pip install "lpmrf-fast[train]"') from error
 
-RESIZE = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+RESIZE = {
+    "bicubic": Image.Resampling.BICUBIC,
+    "bilinear": Image.Resampling.BILINEAR,
+    "area": Image.Resampling.BOX,
+}
+FACE_RESIZE = ("bicubic", "bilinear")
 
 
 @dataclass(frozen=True)
@@ -33,16 +42,55 @@ class Ranges:
     kernel_size: int = 41
 
 
+@dataclass(frozen=True)
+class TwoStage:
+    """Real-ESRGAN's two rounds, with the numbers of its x4plus training options.
+
+    Pairs are uniform, triples of `resize_prob` those of larger, smaller and unchanged. The result is `scale` times
+    smaller, and then (ours: restoration keeps the size) brought back to the size of the face by a bicubic resize.
+    Kernels are drawn from `kernels` with `kernel_prob`, sizes from 7 to 21; sharpening of the original is left out.
+    """
+
+    scale: float = 4.0
+    sinc_prob: float = 0.1
+    final_sinc_prob: float = 0.8
+    kernels: tuple = ("iso", "aniso", "generalized_iso", "generalized_aniso", "plateau_iso", "plateau_aniso")
+    kernel_prob: tuple = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+    generalized_beta: tuple[float, float] = (0.5, 4.0)
+    plateau_beta: tuple[float, float] = (1.0, 2.0)
+    gray_noise_prob: float = 0.4
+    gaussian_noise_prob: float = 0.5
+    second_blur_prob: float = 0.8
+    sigma: tuple[float, float] = (0.2, 3.0)
+    sigma2: tuple[float, float] = (0.2, 1.5)
+    resize_prob: tuple[float, float, float] = (0.2, 0.7, 0.1)
+    resize_prob2: tuple[float, float, float] = (0.3, 0.4, 0.3)
+    resize: tuple[float, float] = (0.15, 1.5)
+    resize2: tuple[float, float] = (0.3, 1.2)
+    delta: tuple[float, float] = (1.0, 30.0)
+    delta2: tuple[float, float] = (1.0, 25.0)
+    poisson: tuple[float, float] = (0.05, 3.0)
+    poisson2: tuple[float, float] = (0.05, 2.5)
+    q: tuple[int, int] = (30, 95)
+    q2: tuple[int, int] = (30, 95)
+
+
 PRESETS = {
     "blind-face": Ranges(),
+    "difface": Ranges(),
+    "pmrf": Ranges(),
     "gfpgan": Ranges(sigma=(0.1, 10.0), r=(0.8, 8.0), delta=(0.0, 20.0), q=(60, 100)),
+    "real-esrgan": TwoStage(),
     "mild": Ranges(sigma=(0.1, 5.0), r=(0.8, 8.0), delta=(0.0, 15.0), q=(40, 100)),
 }
-"""blind-face: PMRF and DifFace (the full range). gfpgan: GFPGAN. mild: ours, for short trainings."""
+"""blind-face, difface, pmrf: the range of both papers. gfpgan: GFPGAN's, without its colour jitter and gray images.
+real-esrgan: two stages. mild: ours, for short trainings."""
 
 
-def draw(rng: np.random.Generator, ranges: Ranges = PRESETS["blind-face"]) -> dict:
-    """Draw one degradation: a dict of numbers and names, JSON-able, that `degrade` takes."""
+def draw(rng: np.random.Generator, ranges: Ranges | TwoStage = PRESETS["blind-face"]) -> dict:
+    """Draw one degradation: a dict of numbers, names and lists, JSON-able, that `degrade` takes."""
+    if isinstance(ranges, TwoStage):
+        return {"program": _draw_two_stages(rng, ranges)}
     isotropic = rng.random() < 0.5
     sigma_x = rng.uniform(*ranges.sigma)
     sigma_y = sigma_x if isotropic else rng.uniform(*ranges.sigma)
@@ -55,26 +103,150 @@ def draw(rng: np.random.Generator, ranges: Ranges = PRESETS["blind-face"]) -> di
         "r": rng.uniform(*ranges.r),
         "delta": rng.uniform(*ranges.delta),
         "q": int(rng.integers(ranges.q[0], ranges.q[1] + 1)),
-        "down": str(rng.choice(list(RESIZE))),
-        "up": str(rng.choice(list(RESIZE))),
+        "down": str(rng.choice(FACE_RESIZE)),
+        "up": str(rng.choice(FACE_RESIZE)),
         "noise_seed": int(rng.integers(2**31)),
     }
 
 
+def _draw_two_stages(rng: np.random.Generator, c: TwoStage) -> list:
+    program = []
+
+    def add(*operation):
+        program.append(list(operation))
+
+    def kernel(sigma) -> dict:
+        size = 2 * int(rng.integers(3, 11)) + 1
+        if rng.random() < c.sinc_prob:
+            return {"kind": "sinc", "size": size, "cutoff": rng.uniform(math.pi / (3 if size < 13 else 5), math.pi)}
+        kind = str(rng.choice(c.kernels, p=c.kernel_prob))
+        drawn = {"kind": kind.split("_")[0], "size": size, "sigma_x": rng.uniform(*sigma)}
+        if kind.endswith("aniso"):
+            drawn |= {"sigma_y": rng.uniform(*sigma), "theta": rng.uniform(-math.pi, math.pi)}
+        if "_" in kind:
+            low, high = c.generalized_beta if kind.startswith("generalized") else c.plateau_beta
+            drawn["beta"] = rng.uniform(low, 1) if rng.random() < 0.5 else rng.uniform(1, high)
+        return drawn
+
+    def factor(probabilities, limits) -> float:
+        way = rng.choice(3, p=probabilities)
+        return (rng.uniform(1, limits[1]), rng.uniform(limits[0], 1), 1.0)[way]
+
+    def how() -> str:
+        return str(rng.choice(list(RESIZE)))
+
+    def noise(delta, poisson):
+        gaussian, gray = rng.random() < c.gaussian_noise_prob, bool(rng.random() < c.gray_noise_prob)
+        kind, amount = ("gaussian", delta) if gaussian else ("poisson", poisson)
+        add("noise", kind, rng.uniform(*amount), gray, int(rng.integers(2**31)))
+
+    add("blur", kernel(c.sigma))
+    add("resize", factor(c.resize_prob, c.resize), how())
+    noise(c.delta, c.poisson)
+    add("jpeg", int(rng.integers(c.q[0], c.q[1] + 1)))
+    if rng.random() < c.second_blur_prob:
+        add("blur", kernel(c.sigma2))
+    add("resize", factor(c.resize_prob2, c.resize2) / c.scale, how())
+    noise(c.delta2, c.poisson2)
+    # The last JPEG stands before or behind the last resize and its sinc filter.
+    ending = [["resize", 1 / c.scale, how()]]
+    if rng.random() < c.final_sinc_prob:
+        size = 2 * int(rng.integers(3, 11)) + 1
+        ending.append(["blur", {"kind": "sinc", "size": size, "cutoff": rng.uniform(math.pi / 3, math.pi)}])
+    jpeg = ["jpeg", int(rng.integers(c.q2[0], c.q2[1] + 1))]
+    program += [*ending, jpeg] if rng.random() < 0.5 else [jpeg, *ending]
+    add("resize", 1.0, "bicubic")
+    return program
+
+
+def program(params: dict) -> list:
+    """The operations of a drawn degradation, in order; factors of `resize` are those of the original's sides."""
+    if "program" in params:
+        return params["program"]
+    kernel = {"kind": "gaussian", "size": params.get("kernel_size", 41), "theta": params.get("theta", 0.0)}
+    return [
+        ["blur", kernel | {k: params[k] for k in ("sigma_x", "sigma_y")}],
+        ["resize", 1 / params["r"], params["down"]],
+        ["noise", "gaussian", params["delta"], False, params["noise_seed"]],
+        ["jpeg", params["q"]],
+        ["resize", 1.0, params["up"]],
+    ]
+
+
+def sides(height: int, width: int, factor: float) -> tuple[int, int]:
+    """The sides of a resized picture, at least one pixel each."""
+    if factor < 1:  # a division, as by the reduction r, so that the published numbers round alike
+        return tuple(max(1, round(n / (1 / factor))) for n in (height, width))
+    return tuple(max(1, round(n * factor)) for n in (height, width))
+
+
 def gaussian_kernel(size: int, sigma_x: float, sigma_y: float, theta: float) -> np.ndarray:
     """A normalised (size, size) Gaussian, float32, its axes turned by `theta` radians."""
+    kernel = np.exp(-0.5 * _ellipse(size, sigma_x, sigma_y, theta))
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def blur_kernel(
+    kind: str, size: int, sigma_x: float = 1.0, sigma_y: float | None = None, theta=0.0, beta=1.0, cutoff=math.pi
+) -> np.ndarray:
+    """A normalised (size, size) kernel, float32: a Gaussian, one with the exponent beta inside ("generalized"), a
+    plateau 1 / (1 + d^beta), or the circular low-pass filter of a cutoff in radians a pixel ("sinc")."""
+    if kind == "sinc":
+        axis = np.arange(size) - (size - 1) / 2
+        radius = np.hypot(*np.meshgrid(axis, axis))
+        import torch
+
+        bessel = torch.special.bessel_j1(torch.from_numpy(cutoff * radius)).numpy()
+        with np.errstate(invalid="ignore", divide="ignore"):
+            kernel = np.where(radius > 0, cutoff * bessel / (2 * np.pi * radius), cutoff**2 / (4 * np.pi))
+    else:
+        distance = _ellipse(size, sigma_x, sigma_x if sigma_y is None else sigma_y, theta)
+        kernel = 1 / (1 + distance**beta) if kind == "plateau" else np.exp(-0.5 * distance**beta)
+    return (kernel / kernel.sum()).astype(np.float32)
+
+
+def _ellipse(size: int, sigma_x: float, sigma_y: float, theta: float) -> np.ndarray:
+    """Squared distance from the middle in units of the two deviations."""
     axis = np.arange(size) - (size - 1) / 2
     x, y = np.meshgrid(axis, axis)
     c, s = np.cos(theta), np.sin(theta)
     u, v = c * x + s * y, -s * x + c * y
-    kernel = np.exp(-0.5 * ((u / sigma_x) ** 2 + (v / sigma_y) ** 2))
-    return (kernel / kernel.sum()).astype(np.float32)
+    return (u / sigma_x) ** 2 + (v / sigma_y) ** 2
 
 
-def _resize(x: np.ndarray, size: tuple[int, int], how: str) -> np.ndarray:
-    """(H, W, 3) float32 to (width, height), antialiased when shrinking; Pillow resizes float planes exactly."""
-    planes = [np.asarray(Image.fromarray(x[..., c]).resize(size, RESIZE[how])) for c in range(x.shape[-1])]
-    return np.stack(planes, axis=-1)
+class OnPillow:
+    """The operations on (H, W, 3) float32 of range [0, 255], in OpenCV's order of channels: the noise of a published
+    validation set was drawn in it."""
+
+    GRAY = np.float32([0.114, 0.587, 0.299])
+
+    def __init__(self, height: int, width: int):
+        self.size = height, width
+
+    def blur(self, x, kernel: dict):
+        return cv2.filter2D(x.astype(np.float32), -1, blur_kernel(**kernel), borderType=cv2.BORDER_REFLECT_101)
+
+    def resize(self, x, factor: float, how: str):
+        """Antialiased when shrinking; Pillow resizes float planes exactly."""
+        height, width = sides(*self.size, factor)
+        x = x.astype(np.float32)
+        planes = [np.asarray(Image.fromarray(x[..., c]).resize((width, height), RESIZE[how])) for c in range(3)]
+        return np.stack(planes, axis=-1)
+
+    def noise(self, x, kind: str, amount: float, gray: bool, seed: int):
+        rng = np.random.default_rng(seed)
+        shape = (*x.shape[:2], 1) if gray else x.shape
+        if kind == "gaussian":
+            return x + amount * rng.standard_normal(shape)
+        x = np.clip(np.rint(x), 0, 255)
+        mean = (x @ self.GRAY)[..., None].round() if gray else x
+        levels = 2.0 ** math.ceil(math.log2(len(np.unique(mean))))
+        return x + amount * (255 * rng.poisson(mean / 255 * levels) / levels - mean)
+
+    def jpeg(self, x, quality: int):
+        x = np.clip(np.rint(x), 0, 255).astype(np.uint8)
+        _, encoded = cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, quality])
+        return cv2.imdecode(encoded, cv2.IMREAD_COLOR).astype(np.float32)
 
 
 def degrade(image: np.ndarray, params: dict) -> np.ndarray:
@@ -84,18 +256,9 @@ def degrade(image: np.ndarray, params: dict) -> np.ndarray:
     """
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
         raise ValueError(f"degrade: expected an RGB image (H, W, 3) uint8, got {image.shape} {image.dtype}")
-    height, width = image.shape[:2]
-    kernel = gaussian_kernel(
-        params.get("kernel_size", 41), params["sigma_x"], params["sigma_y"], params.get("theta", 0.0)
-    )
-    # OpenCV's order, BGR, from here to the end: the noise of a published validation set was drawn in it.
+    operations = OnPillow(*image.shape[:2])
     x = image[..., ::-1].astype(np.float32)
-    x = cv2.filter2D(x, -1, kernel, borderType=cv2.BORDER_REFLECT_101)
-    small = max(1, round(width / params["r"])), max(1, round(height / params["r"]))
-    x = _resize(x, small, params["down"])
-    noise = np.random.default_rng(params["noise_seed"]).standard_normal(x.shape)
-    x = np.clip(np.rint(x + params["delta"] * noise), 0, 255).astype(np.uint8)
-    _, encoded = cv2.imencode(".jpg", x, [cv2.IMWRITE_JPEG_QUALITY, params["q"]])
-    x = cv2.imdecode(encoded, cv2.IMREAD_COLOR).astype(np.float32)
-    x = np.clip(np.rint(_resize(x, (width, height), params["up"])), 0, 255).astype(np.uint8)
+    for name, *arguments in program(params):
+        x = getattr(operations, name)(x, *arguments)
+    x = np.clip(np.rint(x), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(x[..., ::-1])

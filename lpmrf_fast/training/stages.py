@@ -10,15 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .. import flow
+from lpmrf_kernels import from_uint8
+
+from .. import flow, models
 from ..checkpoint import load_model
-from ..models import HDiT, LooUFormer, SimVAE, SwinIR, build
+from ..models import SwinIR
+from ..perceptual import LPIPS
 from .cache import LatentCache
 from .config import ConfigError, TrainConfig
-from .data import Faces, find_images
+from .data import Faces, degraded_crops, find_images
 from .losses import PatchCritic, PerceptualLoss, balanced, hinge_loss, kl_divergence
 
-CLASSES = {cls.__name__: cls for cls in (SimVAE, SwinIR, LooUFormer, HDiT)}
+CLASSES = {name: getattr(models, name) for name in models.__all__ if isinstance(getattr(models, name), type)}
 VALIDATION_SEED = 7
 
 
@@ -30,7 +33,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def unit(x: Tensor) -> Tensor:
     """uint8 → float32 in [0, 1], channels-last."""
-    return x.float().div(255).contiguous(memory_format=torch.channels_last)
+    return from_uint8(x, memory_format=torch.channels_last)
 
 
 class Stage:
@@ -40,6 +43,8 @@ class Stage:
     """A second network that judges the first while both train; `critic_loss` is its objective."""
     degrades = True
     """Whether batches are (clean, degraded) pairs or clean images alone."""
+    share = (0, 1)
+    """(k, n): this is part k of the n that make up the batch of a step."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
@@ -50,15 +55,40 @@ class Stage:
             return load_model(self.config.init).float()
         options = dict(self.config.model)
         preset, cls = options.pop("preset", None), options.pop("class", self.default)
-        if preset:
-            return build(preset, **options)
         if cls not in CLASSES:
             raise ConfigError(f"model.class must be one of {', '.join(CLASSES)}, got {cls!r}")
-        return CLASSES[cls](**options)
+        try:
+            return models.build(preset, **options) if preset else CLASSES[cls](**options)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model: {error}") from None
+
+    def compile(self) -> None:
+        """Let torch compile what the loss calls; names of parameters stay."""
+        self.model.compile()
 
     def dataset(self, samples: int):
         c = self.config
-        return Faces(find_images(c.train), c.size, samples, c.seed, c.ranges if self.degrades else None, c.crop, c.flip)
+        return Faces(
+            find_images(c.train),
+            c.size,
+            samples,
+            c.seed,
+            c.ranges if self.degrades else None,
+            c.crop,
+            c.flip,
+            applied=c.degrade_on == "cpu",
+            unusable=self.left_out,
+        )
+
+    @property
+    def left_out(self) -> Path:
+        """Where images that cannot be used are listed."""
+        return Path(self.config.out) / "left-out.txt"
+
+    def prepare(self, batch):
+        """A batch of the loader, on the device → what `loss` takes."""
+        drawn = isinstance(batch, list) and isinstance(batch[1], list)
+        return degraded_crops(*batch) if drawn else batch
 
     def validation(self) -> tuple[Tensor, Tensor] | None:
         """(clean, degraded) uint8 of the first validation faces, degraded alike in every run; None without a folder."""
@@ -66,7 +96,7 @@ class Stage:
         if c.val is None:
             return None
         paths = find_images(c.val)[: c.val_images]
-        faces = Faces(paths, c.size, len(paths), VALIDATION_SEED, c.ranges, shuffle=False)
+        faces = Faces(paths, c.size, len(paths), VALIDATION_SEED, c.ranges, shuffle=False, unusable=self.left_out)
         return tuple(torch.stack(column) for column in zip(*(faces[i] for i in range(len(faces)))))
 
     def loss(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,13 +116,14 @@ class Stage:
 
 
 class VAEStage(Stage):
-    """L1 + kl_weight · KL + perceptual_weight · VGG19 distance (Sim-VAE's objective), and an optional patch critic."""
+    """L1 + kl_weight · KL + perceptual_weight · VGG19 distance (Sim-VAE's objective); on wish LPIPS, a patch critic."""
 
     default, degrades = "SimVAE", False
 
     def __init__(self, config, device):
         super().__init__(config, device)
         self.perceptual = PerceptualLoss(config.vgg_weights).to(device) if config.vgg_weights else None
+        self.lpips = LPIPS(config.lpips_weights).to(device) if config.lpips_weight else None
         self.critic = PatchCritic().to(device) if config.adversarial_weight else None
         if config.frozen_encoder:
             self.model.encoder.requires_grad_(False)
@@ -113,6 +144,9 @@ class VAEStage(Stage):
         if self.perceptual is not None:
             terms["perceptual"] = self.perceptual(y, x)
             total = total + c.perceptual_weight * terms["perceptual"]
+        if self.lpips is not None:
+            terms["lpips"] = self.lpips(y, x).mean()
+            total = total + c.lpips_weight * terms["lpips"]
         if self.critic is not None:
             self.critic.requires_grad_(False)
             terms["adversarial"] = -self.critic(y).mean()
@@ -121,6 +155,10 @@ class VAEStage(Stage):
             total = total + balanced(terms["adversarial"], terms["l1"], last, c.adversarial_weight)
             self.seen = x, y.detach()
         return total, terms
+
+    def compile(self):
+        self.model.encoder.compile()
+        self.model.decoder.compile()
 
     def critic_loss(self):
         real, fake = self.critic(torch.cat(self.seen)).float().chunk(2)
@@ -146,7 +184,7 @@ class VAEStage(Stage):
         if self.config.frozen_encoder:
             return
         paths = find_images(self.config.train)[:64]
-        faces = Faces(paths, self.config.size, len(paths), self.config.seed, shuffle=False)
+        faces = Faces(paths, self.config.size, len(paths), self.config.seed, shuffle=False, unusable=self.left_out)
         means = [model.encode(unit(faces[i][None]).to(self.device) * 2 - 1).float() for i in range(len(faces))]
         z = torch.cat(means).chunk(2, dim=1)[0]
         model.config.update(shift_factor=round(float(z.mean()), 6), scaling_factor=round(float(1 / z.std()), 6))
@@ -182,19 +220,23 @@ class PosteriorMeanStage(Stage):
 
 
 class FlowStage(Stage):
-    """Velocity matching between source = E(posterior mean) + noise_std · ε and target = E(clean).
+    """Velocity matching between a source and E(clean), in the VAE's latents, or without one in [0, 1] pixels (PMRF).
 
-    Without a VAE the same happens in [0, 1] pixels (PMRF). A cache, where asked for, holds the latents of `cache`
-    degradations of every face and of its mirror image.
+    The source is E(posterior mean) + noise_std · ε; or E(degraded) + noise_std · ε, the naive flow; or ε alone, while
+    the network sees E(posterior mean) or E(degraded) as further channels. `start` is E(...) in all. A cache, where
+    asked for, holds start and target of `cache` degradations of every face and of its mirror image.
     """
 
     default = "LooUFormer"
 
     def __init__(self, config, device):
         super().__init__(config, device)
-        if config.posterior_mean is None:
-            raise ConfigError("flow: posterior_mean must name the checkpoint of the posterior-mean network")
-        self.posterior_mean = self._frozen(config.posterior_mean)
+        self.starts_from = config.condition or config.source
+        self.posterior_mean = None
+        if self.starts_from == "posterior-mean":
+            if config.posterior_mean is None:
+                raise ConfigError("flow: posterior_mean must name the folder of the trained posterior-mean network")
+            self.posterior_mean = self._frozen(config.posterior_mean)
         self.vae = self._frozen(config.vae) if config.vae else None
         if config.crop is not None:
             raise ConfigError("flow: crop must be left out, faces are trained whole")
@@ -222,37 +264,49 @@ class FlowStage(Stage):
     def decode(self, z: Tensor) -> Tensor:
         return z if self.vae is None else self.vae.decode(z / self.scale + self.shift).float() / 2 + 0.5
 
+    def first_guess(self, y: Tensor) -> Tensor:
+        """Degraded [0, 1] pixels → those that the flow starts from or is told about."""
+        return y if self.posterior_mean is None else self.posterior_mean(y).float().clamp(0, 1)
+
     @torch.no_grad()
     def ends(self, clean: Tensor, degraded: Tensor) -> tuple[Tensor, Tensor]:
-        """uint8 pairs → (noise-free source, target) of the flow."""
-        mean = self.posterior_mean(unit(degraded)).float().clamp(0, 1)
-        return self.encode(mean), self.encode(unit(clean))
+        """uint8 pairs → (noise-free start, target) of the flow."""
+        return self.encode(self.first_guess(unit(degraded))), self.encode(unit(clean))
+
+    def source(self, start: Tensor, generator: torch.Generator) -> Tensor:
+        noise = torch.randn(start.shape, generator=generator).to(start)
+        return noise if self.config.source == "noise" else start + self.config.noise_std * noise
+
+    def velocity(self, model, start: Tensor):
+        """v(z, t) of a network that sees `start` as well, where it is a condition."""
+
+        def seen(z):
+            z = torch.cat([z, start], 1) if self.config.condition else z
+            return z.contiguous(memory_format=torch.channels_last)
+
+        return lambda z, t: flow.velocity(model, seen(z), t).float()
 
     def loss(self, batch, generator):
-        if self.config.cache:
-            source, target = (b.to(self.device).float() for b in batch)
-        else:
-            source, target = self.ends(*batch)
-        source = source + self.config.noise_std * torch.randn(source.shape, generator=generator).to(source)
-        t = flow.sample_times(len(source), self.config.time_sampling, generator).to(source)
-        z = flow.interpolant(source, target, t).contiguous(memory_format=torch.channels_last)
-        velocity = flow.velocity(self.model, z, t).float()
-        loss = F.mse_loss(velocity, flow.velocity_target(source, target))
+        start, target = (b.to(self.device).float() for b in batch) if self.config.cache else self.ends(*batch)
+        source = self.source(start, generator)
+        t = flow.sample_times(len(source), self.config.time_sampling, generator, share=self.share).to(source)
+        z = flow.interpolant(source, target, t)
+        loss = F.mse_loss(self.velocity(self.model, start)(z, t), flow.velocity_target(source, target))
         return loss, {"velocity": loss}
 
     def judge(self, model, clean, degraded):
         x, y = unit(clean), unit(degraded)
         rows = []
         for part in y.split(4):
-            mean = self.posterior_mean(part).float().clamp(0, 1)
-            source = self.encode(mean)
-            noise = torch.randn(source.shape, generator=torch.Generator().manual_seed(VALIDATION_SEED))
-            source = source + self.config.noise_std * noise.to(source)
-            z = flow.sample(lambda z, t: flow.velocity(model, z, t).float(), source, 25)
-            rows.append((mean, self.decode(z)))
-        mean, restored = (torch.cat(column) for column in zip(*rows))
-        scores = {"psnr": psnr(restored, x), "psnr_mean": psnr(mean, x), "psnr_degraded": psnr(y, x)}
-        return scores, [y, mean, restored, x]
+            guess = self.first_guess(part)
+            start = self.encode(guess)
+            source = self.source(start, torch.Generator().manual_seed(VALIDATION_SEED))
+            rows.append((guess, self.decode(flow.sample(self.velocity(model, start), source, 25))))
+        guess, restored = (torch.cat(column) for column in zip(*rows))
+        scores = {"psnr": psnr(restored, x), "psnr_degraded": psnr(y, x)}
+        if self.posterior_mean is None:
+            return scores, [y, restored, x]
+        return scores | {"psnr_mean": psnr(guess, x)}, [y, guess, restored, x]
 
 
 STAGES = {"vae": VAEStage, "posterior-mean": PosteriorMeanStage, "flow": FlowStage}

@@ -1,40 +1,101 @@
-"""One loop for all stages: batches, autocast, AdamW, EMA, checkpoints that resume, progress with an ETA."""
+"""One loop for all stages: batches, autocast, AdamW, EMA, checkpoints that resume, progress with an ETA.
 
-import json
+One process or many (`accelerate launch` or `torchrun`): sample n of the run, its degradation, noise and time are the
+same however many processes share a step. Everything random follows from (seed, step), so that a run that was stopped
+anywhere ends with the weights of one that was not.
+"""
+
+import contextlib
+import math
 import os
+import resource
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
 import torch
-from PIL import Image
+import torch.distributed
+from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from ..checkpoint import save_model
-from .config import TrainConfig
+try:
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+except ImportError as error:
+    raise ImportError('training needs accelerate: pip install "lpmrf-fast[train]"') from error
+
+from ..checkpoint import CheckpointError, save_model
+from .checkpoints import Checkpoints
+from .config import ConfigError, TrainConfig
 from .data import batches
+from .log import Log
 from .stages import STAGES
 
 
+class Stopped(SystemExit):
+    """SIGTERM came: all is saved, and the same command goes on. Exit status 143, as shells have it."""
+
+
 def learning_rate(step: int, config: TrainConfig) -> float:
-    """Factor on the peak: linear warm-up, constant, linear to zero over the last `decay` share of the steps."""
-    falling = max(1, round(config.decay * config.steps))
-    return min(1.0, (step + 1) / max(1, config.warmup), max(0.0, (config.steps - step) / falling))
+    """Factor on the peak at a step.
+
+    Linear warm-up from `warmup_from`; then constant, or a cosine from 1 to lr_min over `cycle` steps (timm's with its
+    prefix), or trapezoid: constant, and linear to zero over the last `decay` share of the steps.
+    """
+    c = config
+    rising = c.warmup_from + (1 - c.warmup_from) * (step + 1) / max(1, c.warmup)
+    if c.schedule == "trapezoid":
+        return min(1.0, rising, max(0.0, (c.steps - step) / max(1, round(c.decay * c.steps))))
+    if rising < 1 or c.schedule == "constant":
+        return min(1.0, rising)
+    low, past = c.lr_min / c.lr, min(1.0, max(0, step - c.warmup) / (c.cycle or max(1, c.steps - c.warmup)))
+    return low + (1 - low) * (1 + math.cos(math.pi * past)) / 2
+
+
+def start_accelerator(device: str) -> tuple[Accelerator, torch.device]:
+    """The processes of this run, and this one's device ("auto", "cpu", "cuda:1", ...)."""
+    if "WORLD_SIZE" not in os.environ:
+        # Its state is one a process, and another run of this process may ask for another device.
+        AcceleratorState._reset_state(reset_partial_state=True)
+    # Autocast is ours, in the one place that every stage shares.
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    if accelerator.num_processes > 1 or device == "auto":
+        return accelerator, accelerator.device
+    return accelerator, torch.device(device)
+
+
+class Objective(nn.Module):
+    """A network and what is minimised with it: the module whose `forward` the processes synchronise."""
+
+    def __init__(self, network: nn.Module, loss):
+        super().__init__()
+        self.network, self.loss = network, loss
+
+    def forward(self, *args):
+        return self.loss(*args)
 
 
 class Trainer:
     """Trains one stage in `config.out`; calling `fit` again continues from the last checkpoint.
 
-    The folder then holds `model/` (EMA weights with their config), `last.pt` (all that a resume needs), `log.jsonl`
-    and `val-*.png`.
+    The folder then holds `model/` (EMA weights with their config), the last checkpoints (all that a resume needs),
+    `log.jsonl`, `tensorboard/` and `val-*.png`.
     """
 
     def __init__(self, stage: str, config: TrainConfig):
         self.config = config
-        name = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
-        self.device = torch.device(name)
+        self.accelerator, self.device = start_accelerator(config.device)
+        self.rank, self.processes = self.accelerator.process_index, self.accelerator.num_processes
+        if config.batch_size % (self.processes * config.accumulate):
+            raise ConfigError(
+                f"batch_size {config.batch_size} must be a multiple of {self.processes} processes x"
+                f" {config.accumulate} accumulated parts"
+            )
         self.out = Path(config.out)
         self.out.mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpoints(self.out, config.keep)
         torch.manual_seed(config.seed)
         self.stage = STAGES[stage](config, self.device)
         self.model = self.stage.model
@@ -54,29 +115,49 @@ class Trainer:
         if self.stage.critic is not None:
             # Without momentum, as usual for critics: what it judges moves with every step.
             self.critic_optimizer = torch.optim.AdamW(self.stage.critic.parameters(), config.lr, betas=(0.0, 0.99))
-        self.step = 0
+        self.step, self.stopping = 0, False
         self._resume()
+        if config.compile:
+            self.stage.compile()
+        prepare = self.accelerator.prepare_model if self.processes > 1 else lambda module: module
+        self.objective = prepare(Objective(self.model, lambda *args: self.stage.loss(*args)))
+        if self.critic_optimizer:
+            self.critic_objective = prepare(Objective(self.stage.critic, lambda: self.stage.critic_loss()))
+        self.log = Log(self.out, config, self.step) if self.rank == 0 else None
+
+    # ---- checkpoints
 
     def _resume(self):
-        file = self.out / "last.pt"
-        if not file.exists():
+        state = self.checkpoints.load()
+        if state is None:
             return
-        state = torch.load(file, map_location="cpu", weights_only=True)
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        if self.critic_optimizer:
-            self.stage.critic.load_state_dict(state["critic"])
-            self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        try:
+            _fits(state["model"], self.model)
+            self.model.load_state_dict(state["model"])
+            self.ema.load_state_dict(state["ema"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            if self.critic_optimizer:
+                self.stage.critic.load_state_dict(state["critic"])
+                self.critic_optimizer.load_state_dict(state["critic_optimizer"])
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self.out}: its checkpoint is of other settings ({' '.join(str(error).split())[:200]}); give another"
+                " `out`, or the settings that it was started with"
+            ) from None
         self.step = state["step"]
         self.scheduler.last_epoch = self.step
         for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas):
             group["lr"] = self.config.lr * factor(self.step)
-        print(f"resuming {self.out} at step {self.step}", file=sys.stderr)
+        if self.rank == 0:
+            print(f"resuming {self.out} at step {self.step}", file=sys.stderr)
 
     def save(self):
-        """Write `last.pt` and `model/`, each whole or not at all."""
-        partial = self.out / "last.tmp"
+        """Write `model/` and the checkpoint, each whole or not at all.
+
+        In this order: a kill in between repeats some steps, and never leaves an old `model/` beside a finished run.
+        """
+        if self.rank:
+            return
         state = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -86,73 +167,184 @@ class Trainer:
         if self.critic_optimizer:
             state["critic"] = self.stage.critic.state_dict()
             state["critic_optimizer"] = self.critic_optimizer.state_dict()
-        torch.save(state, partial)
-        os.replace(partial, self.out / "last.pt")
-        save_model(self.out / "model", self.ema.module)
+        try:
+            save_model(self.out / "model", self.ema.module)
+        except CheckpointError as error:
+            last = next((p.name for p in reversed(self.checkpoints.paths())), "none")
+            raise OSError(f"{error}; make room and start again, the last good checkpoint is {last}") from error
+        self.checkpoints.save(state, self.step)
+        self.saved = self.step
 
-    def _autocast(self):
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
-
-    def log(self, **entry):
-        with open(self.out / "log.jsonl", "a") as file:
-            file.write(json.dumps({"step": self.step, **entry}) + "\n")
+    # ---- the loop
 
     def fit(self):
-        """Run the remaining steps. Raises FloatingPointError, checkpoint kept, when the loss is not finite."""
+        """Run the remaining steps.
+
+        Raises FloatingPointError where the loss is not finite, the batch saved and checkpoints kept; Stopped after
+        SIGTERM, with everything saved; RuntimeError where a data worker died.
+        """
         c = self.config
         if self.step >= c.steps:
             print(f"{self.out}: all {c.steps} steps are done", file=sys.stderr)
             return
-        data = self.stage.dataset(c.steps * c.batch_size)
-        validation = self.stage.validation()
-        started, first, sums, counted = time.monotonic(), self.step, {}, 0
-        for batch in batches(data, c.batch_size, c.workers, self.step):
-            batch = batch.to(self.device) if torch.is_tensor(batch) else [b.to(self.device) for b in batch]
-            # Noise and times follow from (seed, step), so that a resumed run draws what an unbroken one would.
-            generator = torch.Generator().manual_seed(c.seed * 1_000_003 + self.step)
-            with self._autocast():
-                loss, terms = self.stage.loss(batch, generator)
-            if not torch.isfinite(loss):
-                raise FloatingPointError(
-                    f"{self.out}: loss is {float(loss)} at step {self.step}; lower lr and start again, the last"
-                    " checkpoint is kept"
+        with self.accelerator.main_process_first():  # it computes the latent cache, the others read it
+            data = self.stage.dataset(c.steps * c.batch_size)
+        validation = self.stage.validation() if self.rank == 0 else None
+        self.saved = self.step
+        clock = _Clock(self.step)
+        with self._sigterm():
+            loader = iter(
+                batches(
+                    data,
+                    c.batch_size,
+                    c.workers,
+                    self.step,
+                    share=(self.rank, self.processes, c.accumulate),
+                    pin_memory=self.device.type == "cuda",
                 )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
-            self.optimizer.step()
-            self.scheduler.step()
-            if self.critic_optimizer:
-                with self._autocast():
-                    terms["critic"] = self.stage.critic_loss()
-                self.critic_optimizer.zero_grad(set_to_none=True)
-                terms["critic"].backward()
-                self.critic_optimizer.step()
-            self.ema.update_parameters(self.model)
-            self.step += 1
-            counted += 1
-            for key, value in {**terms, "grad_norm": norm}.items():
-                sums[key] = sums.get(key, 0.0) + value.detach()
-            if self.step % c.log_every == 0 or self.step == c.steps:
-                means = {k: float(v) / counted for k, v in sums.items()}
-                sums, counted = {}, 0
-                self._report(means, started, first)
-            if self.step == c.steps:
-                with self._autocast():
-                    self.stage.finish(self.ema.module)
-            if self.step % c.save_every == 0 or self.step == c.steps:
-                self.save()
-            if validation is not None and (self.step % c.val_every == 0 or self.step == c.steps):
-                self.validate(*validation)
+            )
+            while self.step < c.steps:
+                terms = self._step(loader, clock)
+                clock.add(terms)
+                done = self.step == c.steps
+                if self.rank == 0 and (self.step % c.log_every == 0 or done):
+                    self._report(clock)
+                if done:
+                    with self._autocast():
+                        self.stage.finish(self.ema.module)
+                if self.step % c.save_every == 0 or done:
+                    self.save()
+                if validation is not None and (self.step % c.val_every == 0 or done):
+                    self.validate(*validation)
+                if self._any(self.stopping) and not done:
+                    self._stop()
+            del loader
+        if self.log:
+            self.log.close()
+        self.accelerator.wait_for_everyone()
 
-    def _report(self, means, started, first):
-        rate = (self.step - first) / (time.monotonic() - started)
-        left = (self.config.steps - self.step) / rate
-        lr = self.optimizer.param_groups[0]["lr"]
-        self.log(**means, lr=lr, steps_per_second=rate)
-        terms = " ".join(f"{k} {v:.4g}" for k, v in means.items())
-        clock = f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
-        print(f"step {self.step}/{self.config.steps}  {terms}  {rate:.2f} steps/s  ETA {clock}", flush=True)
+    def _step(self, loader, clock) -> dict:
+        """One step of the optimisers; returns the terms of the loss."""
+        c, sums = self.config, {}
+        optimizers = [self.optimizer, *([self.critic_optimizer] if self.critic_optimizer else [])]
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for part in range(c.accumulate):
+            batch = self._fetch(loader, clock)
+            # Noise and times follow from (seed, step), so that a resumed run draws what an unbroken one would.
+            share = part * self.processes + self.rank
+            seed = c.seed * 1_000_003 + self.step + (share << 40)
+            torch.manual_seed(seed)
+            self.stage.share = share, self.processes * c.accumulate
+            with self._synchronised(self.objective, part):
+                with self._autocast():
+                    batch = self.stage.prepare(batch)
+                    loss, terms = self.objective(batch, torch.Generator().manual_seed(seed))
+                if self._any(not torch.isfinite(loss)):
+                    self._diverged(loss, batch)
+                (loss / c.accumulate).backward()
+            if self.critic_optimizer:
+                with self._synchronised(self.critic_objective, part):
+                    with self._autocast():
+                        terms["critic"] = self.critic_objective()
+                    (terms["critic"] / c.accumulate).backward()
+            for key, value in terms.items():
+                sums[key] = sums.get(key, 0.0) + value.detach() / c.accumulate
+        sums["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
+        for optimizer in optimizers:
+            optimizer.step()
+        self.scheduler.step()
+        self.ema.update_parameters(self.model)
+        self.step += 1
+        return sums
+
+    def _fetch(self, loader, clock):
+        """The next batch on the device; a data worker that failed or died is one clear error."""
+        started = time.monotonic()
+        try:
+            batch = next(loader)
+        except Exception as error:
+            if self.stopping:  # the signal went to the workers as well
+                self._stop()
+            said = str(error).strip().splitlines()
+            if "in DataLoader worker process" in str(error):
+                raise RuntimeError(f"{self.out}: a data worker failed: {said[-1]}") from error
+            if "DataLoader worker" in str(error):
+                raise RuntimeError(
+                    f"{self.out}: a data worker died ({said[0]}); where memory ran out, fewer `workers` help; the same"
+                    f" command goes on from step {self.saved}"
+                ) from error
+            raise
+        clock.waited += time.monotonic() - started
+        return _to(batch, self.device)
+
+    def _autocast(self):
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _synchronised(self, objective, part: int):
+        """Gradients are exchanged once a step, with its last part."""
+        if part == self.config.accumulate - 1:
+            return contextlib.nullcontext()
+        return self.accelerator.no_sync(objective)
+
+    def _any(self, flag) -> bool:
+        """Whether it is so in any process."""
+        if self.processes == 1:
+            return bool(flag)
+        flags = torch.tensor(float(flag), device=self.device)
+        torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
+        return bool(flags)
+
+    def _diverged(self, loss, batch):
+        file = self.out / ("nan-batch.pt" if self.processes == 1 else f"nan-batch-{self.rank}.pt")
+        torch.save({"batch": _to(batch, "cpu"), "step": self.step, "loss": float(loss)}, file)
+        raise FloatingPointError(
+            f"{self.out}: loss is {float(loss)} at step {self.step}; its batch is in {file.name}, the checkpoint of"
+            f" step {self.saved} is kept; lower lr and start again"
+        )
+
+    # ---- stopping
+
+    @contextlib.contextmanager
+    def _sigterm(self):
+        """SIGTERM only raises a flag meanwhile: the step, and a save that is under way, come to their end."""
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
+
+        def flag(*_):
+            self.stopping = True
+
+        before = signal.signal(signal.SIGTERM, flag)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
+    def _stop(self):
+        if self.saved != self.step:
+            self.save()
+        if self.log:
+            self.log.close()
+            print(f"{self.out}: stopped at step {self.step}, all saved; the same command goes on", file=sys.stderr)
+        raise Stopped(143)
+
+    # ---- reporting
+
+    def _report(self, clock):
+        terms, speed = clock.read(self.step, self.config.batch_size)
+        left = (self.config.steps - self.step) / speed["steps_per_second"]
+        self.log.write(self.step, **terms, lr=self.optimizer.param_groups[0]["lr"], **speed, memory_gb=self._memory())
+        said = " ".join(f"{k} {v:.4g}" for k, v in terms.items())
+        eta = f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
+        pace = f"{speed['steps_per_second']:.2f} steps/s  waiting {speed['loader_wait']:.0%}"
+        print(f"step {self.step}/{self.config.steps}  {said}  {pace}  ETA {eta}", flush=True)
+
+    def _memory(self) -> float:
+        """Peak in GB: of the GPU, or of this process."""
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device) / 1e9
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 1e9
 
     @torch.no_grad()
     def validate(self, clean, degraded):
@@ -160,8 +352,52 @@ class Trainer:
         model = self.ema.module.eval()
         with self._autocast():
             scores, rows = self.stage.judge(model, clean.to(self.device), degraded.to(self.device))
-        self.log(**{f"val_{k}": v for k, v in scores.items()})
+        self.log.write(self.step, **{f"val_{k}": v for k, v in scores.items()})
         print("  val  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
         grid = torch.cat([torch.cat(list(row[:6].cpu()), dim=-1) for row in rows], dim=-2)
-        pixels = grid.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy()
-        Image.fromarray(pixels).save(self.out / f"val-{self.step:06d}.png")
+        self.log.picture(self.step, grid.clamp(0, 1).mul(255).round().byte().permute(1, 2, 0).numpy())
+
+
+class _Clock:
+    """Means of the terms and the pace since the last report."""
+
+    def __init__(self, step: int):
+        self.began, self.first = time.monotonic(), step
+        self.clear(step)
+
+    def clear(self, step: int):
+        self.started, self.at, self.sums, self.waited = time.monotonic(), step, {}, 0.0
+
+    def add(self, terms: dict):
+        for key, value in terms.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+
+    def read(self, step: int, batch_size: int) -> tuple[dict, dict]:
+        terms = {key: float(value) / (step - self.at) for key, value in self.sums.items()}
+        now = time.monotonic()
+        speed = {
+            "steps_per_second": (step - self.first) / (now - self.began),
+            "images_per_second": (step - self.at) * batch_size / (now - self.started),
+            "loader_wait": self.waited / (now - self.started),
+        }
+        self.clear(step)
+        return terms, speed
+
+
+def _to(batch, device):
+    """Tensors in (lists of) batches; what is no tensor stays as it is."""
+    if torch.is_tensor(batch):
+        return batch.to(device, non_blocking=True)
+    return [_to(part, device) for part in batch] if isinstance(batch, (list, tuple)) else batch
+
+
+def _fits(state: dict, model: nn.Module) -> None:
+    """Raises ValueError naming the first few tensors that differ: torch's own message has a line for each."""
+    there, here = ({k: tuple(v.shape) for k, v in s.items()} for s in (state, model.state_dict()))
+    other = [
+        f"{k} {there.get(k, 'absent')} there, {here.get(k, 'absent')} here"
+        for k in sorted({*there, *here})
+        if there.get(k) != here.get(k)
+    ]
+    if other:
+        raise ValueError("; ".join(other[:2]) + (f"; and {len(other) - 2} more" if len(other) > 2 else ""))
