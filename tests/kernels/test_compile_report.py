@@ -14,10 +14,15 @@ pytestmark = pytest.mark.skipif(_triton.MISSING is not None, reason=str(_triton.
 @pytest.mark.parametrize("target", compile_report.TARGETS)
 def test_compiles_without_spilling(target):
     results = compile_report.compile_report([target])
-    assert {result.op for result in results} == {"euler_step", "add_source_noise", "window_attention"}
+    assert {result.op for result in results} == {
+        "euler_step",
+        "add_source_noise",
+        "neighborhood_attention_2d",
+        "window_attention",
+    }
     for result in results:
         assert result.error is None, str(result)
-        assert result.stack == result.local == 0 and 0 < result.registers < 255, str(result)
+        assert result.stack == result.local == 0 and 0 < result.registers <= 255, str(result)
         assert result.shared <= 99 * 1024, str(result)
 
 
