@@ -1,7 +1,7 @@
 """An engine's own copy of a pipeline: the same weights, modules of its own.
 
 Parameters are shared with the pipeline, not copied, and keep their official names. What follows from them (folded
-weights, tables of the time points) is made here, and made again when they change.
+weights: a module's `folded`) is made here, and made again in place when they change.
 """
 
 import copy
@@ -74,5 +74,5 @@ class Prepared:
     def _fold(self) -> None:
         with torch.no_grad():
             for module in self.networks.modules():
-                if hasattr(module, "fold"):
-                    module.fold()
+                if hasattr(module, "folded"):
+                    module.folded()

@@ -10,14 +10,14 @@ from lpmrf_fast.pipeline import PMRFPipeline
 
 
 class Folded(nn.Module):
-    """A network whose forward uses a product of its weights, made by `fold`."""
+    """A network whose forward uses a product of its weights, made by `folded`."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.25))
         self.register_buffer("twice", torch.zeros(()), persistent=False)
 
-    def fold(self):
+    def folded(self):
         self.twice.copy_(2 * self.weight)
 
     def forward(self, x, t):
@@ -61,6 +61,17 @@ def test_weights_written_anywhere_are_noticed_and_folds_made_again():
     prepared.load_state_dict({"velocity.weight": torch.tensor(0.125)})
     assert prepared.changed() and prepared.stages.velocity.twice == 0.25
     assert prepared.stages.velocity.twice.data_ptr() == address and pipe.velocity.weight == 0.125
+
+
+def test_upsampling_weights_are_folded_once_and_again_in_place(pipe):
+    prepared = Prepared(pipe, {})
+    (upsampler, *_) = [m for m in prepared.stages.vae.modules() if hasattr(m, "folded")]
+    folded, before = upsampler.kept[1], upsampler.kept[1].clone()
+    with torch.no_grad():
+        pipe.vae.decoder.up_blocks[0].upsampler.conv.weight.mul_(2)
+    assert torch.equal(folded, before)
+    assert prepared.changed() and upsampler.folded() is folded and upsampler.kept[1].data_ptr() == folded.data_ptr()
+    torch.testing.assert_close(folded, 2 * before)
 
 
 def test_weights_of_another_architecture_are_one_clear_error(pipe):
