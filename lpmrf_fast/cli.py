@@ -88,6 +88,20 @@ def train(args) -> int:
     return 0
 
 
+def tune(args) -> int:
+    from lpmrf_kernels import tune
+
+    if reason := tune.missing():
+        complain(f"tune: {reason}")
+        return 2
+    try:
+        print(tune.tune(args.op, log=complain))
+    except ValueError as error:  # an unknown op
+        complain(str(error))
+        return 2
+    return 0
+
+
 # ---- arguments
 
 
@@ -282,12 +296,24 @@ def parser() -> argparse.ArgumentParser:
         help="train one of the three stages",
         description="Train one stage as a YAML file says; the same command continues a run that was stopped.\n"
         "Needs the extra `train`.",
-        epilog="example:\n  lpmrf-fast train vae --config vae.yaml --set steps=2000 --set lr=2e-4",
+        epilog="example:\n  lpmrf-fast train vae --config vae.yaml --set steps=2000 lr=2e-4",
     )
     command.add_argument("stage", choices=STAGES, help="which network")
     command.add_argument("--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of them")
+    command.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change some of them"
+    )
     command.set_defaults(run=train)
+
+    command = commands.add_parser(
+        "tune",
+        formatter_class=Formatter,
+        help="time launch choices of the kernels on this GPU",
+        description="Time the launch choices of every kernel at the pipeline's shapes on this GPU and write the\n"
+        "winners to the user's table, which the kernels read from then on. Prints the table's path.",
+    )
+    command.add_argument("--op", nargs="+", action="extend", metavar="OP", help="only these ops")
+    command.set_defaults(run=tune)
 
     for command in commands.choices.values():
         command.add_argument(

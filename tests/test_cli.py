@@ -270,7 +270,7 @@ def test_help_names_defaults_and_examples(run):
     status, out, err = run("restore", "--help")
     assert (status, err) == (0, [])
     assert "(default: 25)" in out and "(default: 0)" in out and "(default: auto)" in out and "examples:" in out
-    for name in ("demo", "doctor", "train"):
+    for name in ("demo", "doctor", "train", "tune"):
         assert run(name, "--help")[0] == 0
 
 
@@ -304,8 +304,25 @@ def test_train_hands_over(run, monkeypatch):
 
     seen = []
     monkeypatch.setattr(training, "run", lambda *args: seen.append(args))
-    assert run("train", "flow", "--config", "flow.yaml", "--set", "steps=3", "--set", "lr=1e-4")[0] == 0
-    assert seen == [("flow", Path("flow.yaml"), ["steps=3", "lr=1e-4"])]
+    assert run("train", "flow", "--config", "flow.yaml", "--set", "steps=3", "lr=1e-4", "--set", "out=x")[0] == 0
+    assert run("train", "vae", "--config", "vae.yaml")[0] == 0
+    assert seen == [("flow", Path("flow.yaml"), ["steps=3", "lr=1e-4", "out=x"]), ("vae", Path("vae.yaml"), [])]
+
+
+def test_tune_needs_a_gpu(run, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, err = run("tune")
+    assert (status, out) == (2, "")
+    assert len(err) == 1 and err[0].startswith("lpmrf-fast: tune: PyTorch sees no GPU")
+
+
+def test_tune_hands_over(run, monkeypatch):
+    from lpmrf_kernels import tune
+
+    monkeypatch.setattr(tune, "missing", lambda: None)
+    monkeypatch.setattr(tune, "tune", lambda ops, log: ops)
+    assert run("tune", "--op", "euler_step", "to_uint8") == (0, "['euler_step', 'to_uint8']\n", [])
+    assert run("tune") == (0, "None\n", [])
 
 
 def test_a_missing_training_config_is_one_line(run, tmp_path):
