@@ -1,7 +1,7 @@
 """Fused operations for face restoration: each is a torch op with a Triton, a C++ and a plain PyTorch backend.
 
-`euler_step`, `add_source_noise`, `to_uint8` and `from_uint8` have kernels; `upsample_conv` is a transposed convolution
-of PyTorch's. `group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention`
+`euler_step`, `add_source_noise`, `output_euler`, `to_uint8` and `from_uint8` have kernels; `upsample_conv` is a
+transposed convolution of PyTorch's. `group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention`
 and `neighborhood_attention_2d` have none yet: they are the reference, plain differentiable PyTorch, whatever backend
 is asked for. `backends()` says so for each of them.
 """
@@ -9,6 +9,7 @@ is asked for. `backends()` says so for each of them.
 from . import registry as _registry
 from .add_source_noise import add_source_noise
 from .euler_step import euler_step
+from .output_euler import output_euler
 from .reference import (
     ada_rms_norm_2d,
     attention,
@@ -33,6 +34,7 @@ __all__ = [
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
+    "output_euler",
     "source_noise",
     "to_uint8",
     "upsample_conv",

@@ -64,6 +64,15 @@ def test_a_backward_is_timed_where_an_input_requires_grad(toy, monkeypatch):
 def test_candidates_fit_the_kernels(interpreted):
     """Every candidate of every op has the heuristic's keys, launches, and gives the heuristic's values."""
     small = {
+        "output_euler": (
+            torch.randn(1, 5, 3, 4),
+            torch.ones(5),
+            1e-6,
+            torch.randn(3, 5),
+            None,
+            torch.zeros(1, 3, 3, 4),
+            0.1,
+        ),
         "euler_step": (torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7), 0.5),
         "add_source_noise": (torch.zeros(2, 3, 5, 7), 0.1, torch.tensor([1, 2])),
         "to_uint8": (torch.rand(2, 3, 5, 7), 0.0, 1.0, "channels_last"),
