@@ -8,6 +8,7 @@ from .ada_rms_norm_2d import ada_rms_norm_2d
 from .add_source_noise import add_source_noise
 from .euler_step import euler_step
 from .layer_norm_2d import layer_norm_2d
+from .output_euler import output_euler
 from .reference import attention, group_norm_silu, neighborhood_attention_2d, source_noise
 from .registry import backends, fallbacks, use_backend
 from .rms_norm_2d import rms_norm_2d
@@ -27,6 +28,7 @@ __all__ = [
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
+    "output_euler",
     "rms_norm_2d",
     "source_noise",
     "to_uint8",
@@ -35,7 +37,7 @@ __all__ = [
     "window_attention",
 ]
 
-for _op in (attention, group_norm_silu, neighborhood_attention_2d):
+for _op in (attention, group_norm_silu, neighborhood_attention_2d,):
     _note = "its kernel is not written yet"
     _registry.register(
         _registry.Op(_op.__name__, {"torch": _registry.Kernel(_op)}, notes={"forward": _note, "backward": _note})
