@@ -9,15 +9,16 @@ namespace {
 
 constexpr int64_t kChunk = 1024;  // elements between two layouts: 4 KB, which stay in the first cache
 
-#define LPMRF_TO_UINT8(T)                                                                             \
-  LPMRF_VECTORISED void convert(uint8_t* out, const T* x, float low, float scale, int64_t count) {    \
-    for (int64_t i = 0; i < count; ++i) {                                                             \
-      float y = (upcast(x[i]) - low) * scale;                                                         \
-      y = y > 0.0f ? y : 0.0f; /* NaN too */                                                          \
-      y = y < 255.0f ? y : 255.0f;                                                                    \
-      /* Beside 2^23 a float has no room for fractions: the addition rounds, halves to even. */       \
-      out[i] = static_cast<uint8_t>(bit_cast<uint32_t>(y + 8388608.0f));                              \
-    }                                                                                                 \
+#define LPMRF_TO_UINT8(T)                                                                                             \
+  LPMRF_VECTORISED void convert(uint8_t* out, const T* x, float low, float scale, int64_t count) {                    \
+    for (int64_t i = 0; i < count; ++i) {                                                                             \
+      const float y = (upcast(x[i]) - low) * scale;                                                                   \
+      /* Bits of positive floats are ordered as integers are; two selections of floats would become branches. */      \
+      const int32_t positive = bit_cast<int32_t>(y) & -static_cast<int32_t>(y > 0.0f); /* 0 for NaN too */            \
+      const float clamped = bit_cast<float>(std::min(positive, 0x437F0000));           /* 255 */                      \
+      /* Beside 2^23 a float has no room for fractions: the addition rounds, halves to even. */                       \
+      out[i] = static_cast<uint8_t>(bit_cast<uint32_t>(clamped + 8388608.0f));                                        \
+    }                                                                                                                 \
   }
 // Overloads, not a template: GCC clones no templates.
 LPMRF_TO_UINT8(float)

@@ -127,6 +127,20 @@ def evaluate(args) -> int:
     return 1 if report.problems else 0
 
 
+def tune(args) -> int:
+    from lpmrf_kernels import tune
+
+    if reason := tune.missing():
+        complain(f"tune: {reason}")
+        return 2
+    try:
+        print(tune.tune(args.op, log=complain))
+    except ValueError as error:  # an unknown op
+        complain(str(error))
+        return 2
+    return 0
+
+
 # ---- arguments
 
 
@@ -409,6 +423,16 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--face-detector", metavar="FILE", help="landmark distance: YuNet, ONNX")
     group.add_argument("--face-embedder", metavar="FILE", help="identity distance: an ArcFace network, ONNX")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser(
+        "tune",
+        formatter_class=Formatter,
+        help="time launch choices of the kernels on this GPU",
+        description="Time the launch choices of every kernel at the pipeline's shapes on this GPU and write the\n"
+        "winners to the user's table, which the kernels read from then on. Prints the table's path.",
+    )
+    command.add_argument("--op", nargs="+", action="extend", metavar="OP", help="only these ops")
+    command.set_defaults(run=tune)
 
     for command in commands.choices.values():
         command.add_argument(

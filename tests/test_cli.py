@@ -277,7 +277,7 @@ def test_help_names_defaults_and_examples(run):
     status, out, err = run("restore", "--help")
     assert (status, err) == (0, [])
     assert "(default: 25)" in out and "(default: 0)" in out and "(default: auto)" in out and "examples:" in out
-    for name in ("demo", "doctor", "train", "convert"):
+    for name in ("demo", "doctor", "train", "convert", "evaluate", "tune"):
         assert run(name, "--help")[0] == 0
 
 

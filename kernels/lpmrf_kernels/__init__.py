@@ -9,6 +9,7 @@ from .add_source_noise import add_source_noise
 from .euler_step import euler_step
 from .layer_norm_2d import layer_norm_2d
 from .neighborhood_attention_2d import neighborhood_attention_2d
+from .output_euler import output_euler
 from .reference import attention, group_norm_silu, source_noise
 from .registry import backends, fallbacks, use_backend
 from .rms_norm_2d import rms_norm_2d
@@ -28,6 +29,7 @@ __all__ = [
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
+    "output_euler",
     "rms_norm_2d",
     "source_noise",
     "to_uint8",

@@ -3,10 +3,11 @@
 An op brings a heuristic that runs everywhere. A table overrides it where someone has measured: first the one shipped
 in configs/, then, since it was measured on this very machine, the user's. A table is `<GPU name>.json`:
 
-    {"euler_step": [{"numel": 65536, "BLOCK": 1024, "num_warps": 4}, ...], ...}
+    {"target": "sm_90", "euler_step": [{"numel": 65536, "BLOCK": 1024, "num_warps": 4}, ...], ...}
 
-Each row holds the sizes that it was measured at and the choice that won; the nearest row in log space answers.
-Tuning is a command that writes such a file: nothing is timed on a path that may be captured in a CUDA graph.
+Each row holds the sizes that it was measured at, in lower case, and the choice that won, tiles in capitals; the nearest
+row in log space answers. Tuning (`tune.py`) is a command that writes such a file: nothing is timed on a path that may
+be captured in a CUDA graph.
 """
 
 import itertools
@@ -16,7 +17,6 @@ import math
 import os
 import re
 from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -31,8 +31,8 @@ def launch_config(op: str, device: torch.device, default: dict[str, int], **size
     A row takes part if it has exactly these sizes and the keys of `default`, so an old table never breaks a newer
     kernel: it is passed over.
     """
-    if (watch := _watch.get()) is not None:
-        return watch(op, default, sizes)
+    if _watch is not None:
+        return _watch(op, default, sizes)
     if device.type != "cuda":
         return default
     rows = [
@@ -46,17 +46,18 @@ def launch_config(op: str, device: torch.device, default: dict[str, int], **size
     return {key: nearest[key] for key in default}
 
 
-_watch: ContextVar = ContextVar("lpmrf_launch_watch", default=None)
+_watch = None
 
 
 @contextmanager
 def watched(watch):
-    """Inside, `watch(op, default, sizes)` answers for `launch_config`: for `tune`, in the thread that entered."""
-    token = _watch.set(watch)
+    """Inside, `watch(op, default, sizes)` answers for `launch_config`, in all threads: a backward runs in its own."""
+    global _watch
+    _watch = watch
     try:
         yield
     finally:
-        _watch.reset(token)
+        _watch = None
 
 
 def choices(**values) -> list[dict[str, int]]:
@@ -87,8 +88,15 @@ def _table(gpu: str) -> dict[str, list[dict[str, int]]]:
     return table
 
 
+def forget_tables() -> None:
+    """Read the tables anew: a file has changed."""
+    _table.cache_clear()
+
+
 def _read(path: Path) -> dict[str, list[dict[str, int]]]:
     table = json.loads(path.read_text())
+    if isinstance(table, dict):
+        table.pop("target", None)  # for the compile report
     valid = isinstance(table, dict) and all(
         isinstance(rows, list) and all(isinstance(row, dict) and all(map(_positive, row.values())) for row in rows)
         for rows in table.values()

@@ -306,3 +306,12 @@ def from_uint8(x: Tensor, low: float = 0.0, high: float = 1.0, dtype: torch.dtyp
 def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Nearest 2x, then a 3x3 convolution with padding 1: the upsampler of Sim-VAE and of diffusers' decoders."""
     return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)
+
+
+def output_euler(
+    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, z: Tensor, dt: float
+) -> Tensor:
+    """z + dt · projection(RMSNorm(x)) in z's dtype; x (B, C, H, W), weight (O, C) of a 1x1 convolution."""
+    y = rms_norm_2d(x, norm_weight, eps)
+    v = F.linear(y.movedim(1, -1), weight.to(y.dtype), None if bias is None else bias.to(y.dtype)).movedim(-1, 1)
+    return euler_step(z, v, dt)
