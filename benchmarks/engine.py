@@ -319,8 +319,8 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(device, preset, size, batches, steps, compiled, chosen, seconds, log=print) -> dict:
-    """The report: machine and rows."""
+def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print) -> dict:
+    """The report: machine and rows, written to `out` as they come."""
     started, rows = time.time(), []
     report = {"machine": machine.describe(device), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
     report |= {"preset": preset, "rows": rows}
@@ -328,13 +328,16 @@ def run(device, preset, size, batches, steps, compiled, chosen, seconds, log=pri
     def add(new):
         log(table(new).partition("\n")[2] if rows else table(new))
         rows.extend(new)
+        report["seconds"] = round(time.time() - started, 1)
+        if out is not None:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            out.write_text(json.dumps(report, indent=1) + "\n")
 
     for batch in batches:
         for k in steps:
             add(whole(preset, device, size, batch, k, compiled, chosen, seconds))
         add(stages(preset, device, size, batch, seconds / 4))
         add([queue(preset, device, size, batch, max(steps), 8 if device.startswith("cuda") else 2)])
-    report["seconds"] = round(time.time() - started, 1)
     return report
 
 
@@ -354,10 +357,8 @@ def main(argv=None) -> int:
     if cuda and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU; use --device cpu")
     batches, steps = args.batch or ([1, 8, 32] if cuda else [1]), args.steps or ([1, 5, 25] if cuda else [25])
-    report = run(args.device, args.preset, args.size, batches, steps, args.compile, args.only, args.seconds)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    compiled = args.compile or "compile" in (args.only or ())
+    run(args.device, args.preset, args.size, batches, steps, compiled, args.only, args.seconds, args.out)
     return 0
 
 

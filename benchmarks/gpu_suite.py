@@ -1,4 +1,4 @@
-"""Everything that needs a GPU, in one command that ends in time: correctness, tuning, kernels.
+"""Everything that needs a GPU, in one command that ends in time: correctness, tuning, kernels, the engine.
 
     python -m benchmarks.gpu_suite --out gpu-results --minutes 9 [--parts correctness,kernels]
 
@@ -55,16 +55,24 @@ def tuned_tables(out: Path) -> dict:
     return {path.name: json.loads(path.read_text()) for path in tables}
 
 
+ENGINE = (sys.executable, "-m", "benchmarks.engine", "--device", "cuda", "--preset", "full")
 PARTS = [
     Part(
         "correctness",
-        3,
-        (sys.executable, "-m", "pytest", "tests/kernels", "-k", "cuda or gpu", "--junitxml={out}/correctness.xml"),
+        2,
+        (
+            *(sys.executable, "-m", "pytest", "tests/kernels", "tests/engine"),
+            *("-k", "cuda or gpu", "--junitxml={out}/correctness.xml"),
+        ),
         test_counts,
     ),
-    Part("tune", 2.5, (sys.executable, "-m", "lpmrf_fast", "tune"), tuned_tables),
+    Part("tune", 1.5, (sys.executable, "-m", "lpmrf_fast", "tune"), tuned_tables),
+    Part("kernels", 2, (sys.executable, "-m", "benchmarks.kernels", "--device", "cuda", "--out", "{out}/kernels.json")),
+    Part("engine", 2, (*ENGINE, "--batch", "1", "32", "--steps", "25", "--seconds", "4", "--out", "{out}/engine.json")),
     Part(
-        "kernels", 3.5, (sys.executable, "-m", "benchmarks.kernels", "--device", "cuda", "--out", "{out}/kernels.json")
+        "engine-compile",  # by itself: torch.compile takes minutes, and what it leaves unfinished costs nobody else
+        1.5,
+        (*ENGINE, "--batch", "1", "--steps", "25", "--only", "engine", "compile", "--out", "{out}/engine-compile.json"),
     ),
 ]
 

@@ -102,7 +102,7 @@ def test_clear_gives_the_pool_back():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="captures real CUDA graphs: needs a GPU")
-def test_real_graphs():
+def test_real_cuda_graphs():
     from lpmrf_fast.engine.graphs import CudaDevice
 
     x, y = torch.zeros(1000, device="cuda"), torch.zeros(1000, device="cuda")
