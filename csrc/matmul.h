@@ -1,4 +1,4 @@
-// Products of small float32 matrices that lie in the cache: what the attention kernels are made of.
+// What the attention kernels are made of: tokens gathered as small float32 matrices in the cache, and their products.
 #pragma once
 
 #include "lanes.h"
@@ -42,13 +42,62 @@ LPMRF_INLINE void panel(int64_t rows, int64_t inner, const float* a, int64_t a_r
 
 // c (rows x columns) = a (rows x inner) b (inner x columns), or c += a b. a has any strides; the rows of b and c are
 // contiguous, and columns is a multiple of kLanes.
-LPMRF_VECTORISED void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t a_row,
+[[maybe_unused]] LPMRF_VECTORISED void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t a_row,
                                int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
   int64_t n = 0;
   for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
     panel<2>(rows, inner, a, a_row, a_column, b + n, b_row, c + n, c_row, add);
   }
   if (n < columns) panel<1>(rows, inner, a, a_row, a_column, b + n, b_row, c + n, c_row, add);
+}
+
+// Tokens at `offsets` → rows (tokens x row_stride) and, unless null, columns (channels x column_stride), times factor.
+#define LPMRF_GATHER(T)                                                                                            \
+  LPMRF_VECTORISED void gather(const T* x, const int64_t* offsets, int64_t tokens, int64_t channels, int64_t step, \
+                               float factor, float* rows, int64_t row_stride, float* columns,                      \
+                               int64_t column_stride) {                                                            \
+    for (int64_t t = 0; t < tokens; ++t) {                                                                         \
+      const T* from = x + offsets[t];                                                                              \
+      float* row = rows + t * row_stride;                                                                          \
+      if (step == 1) {                                                                                             \
+        for (int64_t d = 0; d < channels; ++d) row[d] = factor * upcast(from[d]);                                  \
+      } else {                                                                                                     \
+        for (int64_t d = 0; d < channels; ++d) row[d] = factor * upcast(from[d * step]);                           \
+      }                                                                                                            \
+      for (int64_t d = channels; d < row_stride; ++d) row[d] = 0;                                                  \
+    }                                                                                                              \
+    if (columns == nullptr) return;                                                                                \
+    for (int64_t d = 0; d < channels; ++d) {                                                                       \
+      for (int64_t t = 0; t < tokens; ++t) columns[d * column_stride + t] = rows[t * row_stride + d];              \
+      for (int64_t t = tokens; t < column_stride; ++t) columns[d * column_stride + t] = 0;                         \
+    }                                                                                                              \
+  }
+LPMRF_GATHER(float)
+LPMRF_GATHER(BFloat16)
+#undef LPMRF_GATHER
+
+// rows (tokens x row_stride), each times factor and, unless null, its own of `factors`, → tokens at `offsets`.
+#define LPMRF_SCATTER(T)                                                                                            \
+  LPMRF_VECTORISED void scatter(const float* rows, int64_t row_stride, float factor, const float* factors,          \
+                                const int64_t* offsets, int64_t tokens, int64_t channels, T* out) {                 \
+    for (int64_t t = 0; t < tokens; ++t) {                                                                          \
+      const float f = factors == nullptr ? factor : factor * factors[t];                                            \
+      const float* row = rows + t * row_stride;                                                                     \
+      T* to = out + offsets[t];                                                                                     \
+      int64_t d = 0;                                                                                                \
+      for (; d + kLanes <= channels; d += kLanes) lanes::store<Lanes>(to + d, f * lanes::load<Lanes>(row + d));     \
+      for (; d < channels; ++d) lanes::store<float>(to + d, f * row[d]);                                            \
+    }                                                                                                               \
+  }
+LPMRF_SCATTER(float)
+LPMRF_SCATTER(BFloat16)
+#undef LPMRF_SCATTER
+
+template <class F>
+void float_or_bfloat16(ScalarType dtype, const F& f) {
+  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
+                  "lpmrf_cpp: expected a float32 or bfloat16 tensor");
+  dtype == ScalarType::Float ? f(static_cast<float*>(nullptr)) : f(static_cast<BFloat16*>(nullptr));
 }
 
 constexpr int64_t padded(int64_t n) { return (n + kLanes - 1) / kLanes * kLanes; }

@@ -13,50 +13,11 @@ namespace {
 
 using lanes::kLanes;
 using lanes::Lanes;
+using matmul::float_or_bfloat16;
+using matmul::gather;
 using matmul::multiply;
 using matmul::padded;
-
-// Tokens at `offsets` → rows (tokens x row_stride) and, unless null, columns (channels x column_stride), times factor.
-#define LPMRF_GATHER(T)                                                                                            \
-  LPMRF_VECTORISED void gather(const T* x, const int64_t* offsets, int64_t tokens, int64_t channels, int64_t step, \
-                               float factor, float* rows, int64_t row_stride, float* columns,                      \
-                               int64_t column_stride) {                                                            \
-    for (int64_t t = 0; t < tokens; ++t) {                                                                         \
-      const T* from = x + offsets[t];                                                                              \
-      float* row = rows + t * row_stride;                                                                          \
-      if (step == 1) {                                                                                             \
-        for (int64_t d = 0; d < channels; ++d) row[d] = factor * upcast(from[d]);                                  \
-      } else {                                                                                                     \
-        for (int64_t d = 0; d < channels; ++d) row[d] = factor * upcast(from[d * step]);                           \
-      }                                                                                                            \
-      for (int64_t d = channels; d < row_stride; ++d) row[d] = 0;                                                  \
-    }                                                                                                              \
-    if (columns == nullptr) return;                                                                                \
-    for (int64_t d = 0; d < channels; ++d) {                                                                       \
-      for (int64_t t = 0; t < tokens; ++t) columns[d * column_stride + t] = rows[t * row_stride + d];              \
-      for (int64_t t = tokens; t < column_stride; ++t) columns[d * column_stride + t] = 0;                         \
-    }                                                                                                              \
-  }
-LPMRF_GATHER(float)
-LPMRF_GATHER(BFloat16)
-#undef LPMRF_GATHER
-
-// rows (tokens x row_stride), each times factor and, unless null, its own of `factors`, → tokens at `offsets`.
-#define LPMRF_SCATTER(T)                                                                                            \
-  LPMRF_VECTORISED void scatter(const float* rows, int64_t row_stride, float factor, const float* factors,          \
-                                const int64_t* offsets, int64_t tokens, int64_t channels, T* out) {                 \
-    for (int64_t t = 0; t < tokens; ++t) {                                                                          \
-      const float f = factors == nullptr ? factor : factor * factors[t];                                            \
-      const float* row = rows + t * row_stride;                                                                     \
-      T* to = out + offsets[t];                                                                                     \
-      int64_t d = 0;                                                                                                \
-      for (; d + kLanes <= channels; d += kLanes) lanes::store<Lanes>(to + d, f * lanes::load<Lanes>(row + d));     \
-      for (; d < channels; ++d) lanes::store<float>(to + d, f * row[d]);                                            \
-    }                                                                                                               \
-  }
-LPMRF_SCATTER(float)
-LPMRF_SCATTER(BFloat16)
-#undef LPMRF_SCATTER
+using matmul::scatter;
 
 // scores (keys x queries) → exp(scores + bias + mask - maximum over keys), and one over its sum for each query.
 LPMRF_VECTORISED void exponentials(float* scores, const float* bias, const float* mask, int64_t keys, int64_t queries,
@@ -161,13 +122,6 @@ std::vector<float> transposed(const float* bias, const Map& map) {
     }
   }
   return result;
-}
-
-template <class F>
-void float_or_bfloat16(ScalarType dtype, const F& f) {
-  STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
-                  "lpmrf_cpp::window_attention: expected a float32 or bfloat16 tensor");
-  dtype == ScalarType::Float ? f(static_cast<float*>(nullptr)) : f(static_cast<BFloat16*>(nullptr));
 }
 
 // x (B, H, W, 3C) with any strides, bias (heads, L, L) and out (B, H, W, C) contiguous.

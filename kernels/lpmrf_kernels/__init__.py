@@ -8,8 +8,9 @@ from .ada_rms_norm_2d import ada_rms_norm_2d
 from .add_source_noise import add_source_noise
 from .euler_step import euler_step
 from .layer_norm_2d import layer_norm_2d
+from .neighborhood_attention_2d import neighborhood_attention_2d
 from .output_euler import output_euler
-from .reference import attention, group_norm_silu, neighborhood_attention_2d, source_noise
+from .reference import attention, group_norm_silu, source_noise
 from .registry import backends, fallbacks, use_backend
 from .rms_norm_2d import rms_norm_2d
 from .uint8 import from_uint8, to_uint8
@@ -37,7 +38,7 @@ __all__ = [
     "window_attention",
 ]
 
-for _op in (attention, group_norm_silu, neighborhood_attention_2d,):
+for _op in (attention, group_norm_silu,):
     _note = "its kernel is not written yet"
     _registry.register(
         _registry.Op(_op.__name__, {"torch": _registry.Kernel(_op)}, notes={"forward": _note, "backward": _note})

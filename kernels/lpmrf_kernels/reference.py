@@ -196,6 +196,14 @@ def neighborhood_attention_2d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int,
     Same result as NATTEN's na2d with dilation 1. kernel_size is odd and at most min(H, W), else ValueError.
     The rows of a neighborhood are gathered, its columns are picked by a mask: memory is kernel_size times the input.
     """
+    keys, mask, _ = _neighborhoods(q, kernel_size)
+    out = F.scaled_dot_product_attention(q.transpose(2, 3), keys(k), keys(v), attn_mask=mask, scale=scale)
+    return out.transpose(2, 3)
+
+
+def _neighborhoods(q: Tensor, kernel_size: int):
+    """What a row of queries sees: keys(x): (B, H, W, heads, D) → (B, H, heads, K · W, D), the mask (W, K · W) of the
+    columns, and the rows (H, K)."""
     H, W = q.shape[1:3]
     if kernel_size % 2 == 0 or kernel_size < 1:
         raise ValueError(f"neighborhood_attention_2d: kernel_size must be odd and positive, got {kernel_size}")
@@ -208,13 +216,25 @@ def neighborhood_attention_2d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int,
     first = torch.tensor(window_starts(W, kernel_size), device=q.device)[:, None]
     columns = torch.arange(W, device=q.device)
     seen = (columns >= first) & (columns < first + kernel_size)  # (W query, W key)
+    return lambda x: x[:, rows].permute(0, 1, 4, 2, 3, 5).flatten(3, 4), seen.repeat(1, kernel_size), rows
 
-    def keys(x):  # (B, H, W, heads, D) → (B, H, heads, K * W, D)
-        return x[:, rows].permute(0, 1, 4, 2, 3, 5).flatten(3, 4)
 
-    mask = seen.repeat(1, kernel_size)  # (W, K * W)
-    out = F.scaled_dot_product_attention(q.transpose(2, 3), keys(k), keys(v), attn_mask=mask, scale=scale)
-    return out.transpose(2, 3)
+def neighborhood_attention_2d_backward(g: Tensor, q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float):
+    """Gradients (dq, dk, dv) of `neighborhood_attention_2d` for the gradient g of its result."""
+    gather, mask, rows = _neighborhoods(q, kernel_size)
+    keys, values = gather(_upcast(k)), gather(_upcast(v))
+    queries, g = (_upcast(t).transpose(2, 3) for t in (q, g))  # (B, H, heads, W, D)
+    p = (queries @ keys.transpose(-2, -1) * scale).masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    dp = g @ values.transpose(-2, -1)
+    ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+    onto = F.one_hot(rows, q.shape[1]).to(keys.dtype)  # (H query, K, H key)
+
+    def summed(x):  # (B, H, heads, K · W, D) → (B, H, W, heads, D), without atomics
+        return torch.einsum("bhnkwd,hkg->bgwnd", x.unflatten(3, (kernel_size, -1)), onto)
+
+    dq = (ds @ keys * scale).transpose(2, 3)
+    dk, dv = summed(ds.transpose(-2, -1) @ queries * scale), summed(p.transpose(-2, -1) @ g)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
 def euler_step(z: Tensor, v: Tensor, dt: float) -> Tensor:
