@@ -71,7 +71,7 @@ class Engine:
     deterministic: one padded batch size for all and fixed algorithms, so that a photo's bits do not depend on its
         company.
     strict: a graph that cannot be captured raises CaptureError in place of running eagerly; None: as LPMRF_STRICT says.
-    compile: names of networks to put through torch.compile.
+    compile: names of networks to put through torch.compile, with its options where it is a dict.
     waiting: batches that `submit` queues before it makes the caller wait.
     capturer: what captures graphs, in place of CUDA; for tests.
 
@@ -89,7 +89,7 @@ class Engine:
         mode: str | None = None,
         deterministic: bool = False,
         strict: bool | None = None,
-        compile: Iterable[str] = (),
+        compile: Iterable[str] | Mapping[str, dict] = (),
         waiting: int = 2,
         capturer=None,
     ):
@@ -107,6 +107,7 @@ class Engine:
             raise ValueError(f"Engine: mode 'graph' needs a CUDA device, these networks are on {self.device}")
         self.deterministic, self.max_memory = deterministic, max_memory and parse_bytes(max_memory)
         self.batch_size = batch_size
+        compile = compile if isinstance(compile, Mapping) else dict.fromkeys(compile, {})
         self._prepared = Prepared(pipeline, compile)
         self.stages = self._prepared.stages
         self._forced = registry.forced_backend()

@@ -1,11 +1,11 @@
 """An engine's own copy of a pipeline: the same weights, modules of its own.
 
 Parameters are shared with the pipeline, not copied, and keep their official names. What follows from them (folded
-weights, tables of the time points) is made here, and made again when they change.
+weights: a module's `folded`) is made here, and made again in place when they change.
 """
 
 import copy
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,19 +27,22 @@ def replica(pipeline, convert: Callable[[Tensor], Tensor]):
 
 
 class Prepared:
-    """`stages`: the replica. `networks`: its networks by name, with the official names of their parameters."""
+    """`stages`: the replica. `networks`: its networks by name, with the official names of their parameters.
 
-    def __init__(self, pipeline, compiled: Iterable[str] = ()):
+    compiled: networks to put through torch.compile, with its options.
+    """
+
+    def __init__(self, pipeline, compiled: Mapping[str, dict]):
         self.stages = replica(pipeline, Tensor.detach)
         self.networks = nn.ModuleDict(self.stages.modules)
         unknown = sorted(set(compiled) - set(self.networks))
         if unknown:
             raise ValueError(f"compile: no network is called {unknown[0]!r}; there are {', '.join(self.networks)}")
-        for name in compiled:
+        for name, options in compiled.items():
             network = self.networks[name]
             # An autoencoder is called by encode and decode: its parts are what is called as modules.
             for module in network.children() if hasattr(network, "encode") else (network,):
-                module.compile()
+                module.compile(**options)
         tensors = dict((*self.networks.named_parameters(), *self.networks.named_buffers()))
         self._tensors = [tensors[name] for name in self.networks.state_dict()]
         self._fold()
@@ -71,5 +74,5 @@ class Prepared:
     def _fold(self) -> None:
         with torch.no_grad():
             for module in self.networks.modules():
-                if hasattr(module, "fold"):
-                    module.fold()
+                if hasattr(module, "folded"):
+                    module.folded()

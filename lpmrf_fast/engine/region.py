@@ -118,13 +118,13 @@ class Region:
     def _source(self, buffers: Buffers) -> Tensor:
         stages, mark = self.stages, self.mark
         with mark("from uint8"):
-            y = buffers.pixels.to(stages.state_dtype) / 255
+            y = ops.from_uint8(buffers.pixels, dtype=stages.state_dtype)
         with mark("posterior mean"):
             mean = stages.predict_mean(y)
         with mark("to uint8"):
             finite = mean.isfinite().flatten(1).all(1)
             buffers.finite.copy_(finite)
-            buffers.means.copy_(_levels(mean))
+            buffers.means.copy_(ops.to_uint8(mean))
         with mark("encode"):
             z = stages.encode(mean)
         with mark("source noise"):
@@ -135,9 +135,5 @@ class Region:
             x = self.stages.decode(z)
         with self.mark("to uint8"):
             buffers.finite.logical_and_(x.isfinite().flatten(1).all(1))
-            buffers.images.copy_(_levels(x))
+            buffers.images.copy_(ops.to_uint8(x))
 
-
-def _levels(x: Tensor) -> Tensor:
-    """Floats about [0, 1] → 8-bit levels, rounded half to even; NaN is black."""
-    return (x.clamp(0, 1) * 255).round().nan_to_num(0.0).to(torch.uint8)

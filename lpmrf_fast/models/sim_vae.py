@@ -72,15 +72,25 @@ class Upsampler(nn.Module):
         return ops.upsample_conv(x, self.conv.weight, self.conv.bias, self.folded())
 
     def folded(self) -> Tensor | None:
-        """The convolution's folded weight, made anew whenever the weight is another one or was written to."""
+        """The convolution's folded weight, made anew whenever the weight is another one or was written to.
+
+        In place where it can be: a captured CUDA graph reads it at its address.
+        """
         weight = self.conv.weight
         if torch.compiler.is_compiling() or weight.is_inference():  # where changes cannot be seen
             return None
         key = weight.data_ptr(), weight._version, weight.dtype
         if self.kept is None or self.kept[0] != key:
+            folded = ops.fold_upsample_weight(weight)
+            if self.kept is not None and _alike(self.kept[1], folded):
+                folded = self.kept[1].copy_(folded)
             # The weight is kept too: while it lives, no other one can have its address.
-            self.kept = key, ops.fold_upsample_weight(weight), weight.detach()
+            self.kept = key, folded, weight.detach()
         return self.kept[1]
+
+
+def _alike(a: Tensor, b: Tensor) -> bool:
+    return (a.shape, a.stride(), a.dtype, a.device) == (b.shape, b.stride(), b.dtype, b.device)
 
 
 class Level(nn.Module):

@@ -75,8 +75,7 @@ def test_a_convolution_costs_what_it_costs(pipe):
         pipe.decode(torch.zeros(1, pipe.vae.config["latent_channels"], side, side))
     for hook in hooks:
         hook.remove()
-    assert decode.flops == pytest.approx(flops, rel=0.6)  # an upsampling convolution may do with 4/9
-    assert decode.flops <= flops * 1.01
+    assert flops <= decode.flops <= 1.5 * flops  # which has upsampling convolutions too; they are no modules
 
 
 def test_memory_is_what_lives_at_once(pipe):

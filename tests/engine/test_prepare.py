@@ -10,14 +10,14 @@ from lpmrf_fast.pipeline import PMRFPipeline
 
 
 class Folded(nn.Module):
-    """A network whose forward uses a product of its weights, made by `fold`."""
+    """A network whose forward uses a product of its weights, made by `folded`."""
 
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(0.25))
         self.register_buffer("twice", torch.zeros(()), persistent=False)
 
-    def fold(self):
+    def folded(self):
         self.twice.copy_(2 * self.weight)
 
     def forward(self, x, t):
@@ -30,7 +30,7 @@ class Same(nn.Module):
 
 
 def test_weights_are_shared_and_modules_are_not(pipe):
-    prepared = Prepared(pipe)
+    prepared = Prepared(pipe, {})
     assert prepared.stages is not pipe and prepared.stages.velocity is not pipe.velocity
     for name, network in pipe.modules.items():
         for a, b in zip(network.parameters(), prepared.networks[name].parameters()):
@@ -40,7 +40,7 @@ def test_weights_are_shared_and_modules_are_not(pipe):
 
 
 def test_moving_or_casting_the_pipeline_leaves_it_as_it_is(pipe):
-    prepared = Prepared(pipe)
+    prepared = Prepared(pipe, {})
     before = {key: t.clone() for key, t in prepared.state_dict().items()}
     pipe.to(dtype=torch.float64)
     with torch.no_grad():
@@ -52,7 +52,7 @@ def test_moving_or_casting_the_pipeline_leaves_it_as_it_is(pipe):
 
 def test_weights_written_anywhere_are_noticed_and_folds_made_again():
     pipe = PMRFPipeline(Same(), Folded())
-    prepared = Prepared(pipe)
+    prepared = Prepared(pipe, {})
     assert prepared.stages.velocity.twice == 0.5 and not prepared.changed()
     with torch.no_grad():
         pipe.velocity.weight.fill_(0.5)
@@ -63,8 +63,19 @@ def test_weights_written_anywhere_are_noticed_and_folds_made_again():
     assert prepared.stages.velocity.twice.data_ptr() == address and pipe.velocity.weight == 0.125
 
 
+def test_upsampling_weights_are_folded_once_and_again_in_place(pipe):
+    prepared = Prepared(pipe, {})
+    (upsampler, *_) = [m for m in prepared.stages.vae.modules() if hasattr(m, "folded")]
+    folded, before = upsampler.kept[1], upsampler.kept[1].clone()
+    with torch.no_grad():
+        pipe.vae.decoder.up_blocks[0].upsampler.conv.weight.mul_(2)
+    assert torch.equal(folded, before)
+    assert prepared.changed() and upsampler.folded() is folded and upsampler.kept[1].data_ptr() == folded.data_ptr()
+    torch.testing.assert_close(folded, 2 * before)
+
+
 def test_weights_of_another_architecture_are_one_clear_error(pipe):
-    prepared = Prepared(pipe)
+    prepared = Prepared(pipe, {})
     state = prepared.state_dict()
     name = "vae.decoder.conv_in.weight"
     wrong = {**state, name: torch.zeros(1, 2), "velocity.extra": torch.zeros(1)}
@@ -77,8 +88,8 @@ def test_weights_of_another_architecture_are_one_clear_error(pipe):
 
 def test_networks_are_compiled_by_name(pipe, monkeypatch):
     compiled = []
-    monkeypatch.setattr(nn.Module, "compile", lambda self: compiled.append(type(self).__name__))
-    Prepared(pipe, ["velocity", "vae"])
-    assert compiled == ["LooUFormer", "Encoder", "Decoder"]
+    monkeypatch.setattr(nn.Module, "compile", lambda self, **o: compiled.append((type(self).__name__, *o)))
+    Prepared(pipe, {"velocity": {}, "vae": {"mode": "max-autotune"}})
+    assert compiled == [("LooUFormer",), ("Encoder", "mode"), ("Decoder", "mode")]
     with pytest.raises(ValueError, match="no network is called 'vea'; there are posterior_mean, vae, velocity"):
-        Prepared(pipe, ["vea"])
+        Prepared(pipe, {"vea": {}})
