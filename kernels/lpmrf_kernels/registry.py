@@ -50,6 +50,8 @@ class CompileCase:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
+    aligned: bool = False
+    """Whether pointers and integers are multiples of 16, as the just-in-time compiler finds them at usual shapes."""
 
 
 @dataclass(frozen=True)
