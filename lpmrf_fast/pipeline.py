@@ -133,6 +133,8 @@ class Pipeline:
     networks: tuple[str, ...]
     settings: tuple[str, ...]
     eps = 0.0
+    reversed = False
+    """Whether the velocity network counts time from the clean end and predicts source - clean."""
     card: dict | None = None
     """What the checkpoint says about itself: data, training, scores."""
 
@@ -263,8 +265,35 @@ class Pipeline:
         return ops.add_source_noise(z, self.noise_std, seeds)
 
     def sample(self, z: Tensor, num_inference_steps: int = 25, callback_on_step_end=None) -> Tensor:
-        """Euler steps from the source z at t = eps to t = 1; the state is at least float32."""
-        return flow.sample(self.velocity_at, z, num_inference_steps, self.eps, callback_on_step_end)
+        """Euler steps from the source z at t = eps to t = 1; the state is at least float32.
+
+        What the velocity network knows from the times and the size alone is computed before the first step, where it
+        has a `prepare` (see `models.tables`).
+        """
+        times = flow.time_grid(num_inference_steps, self.eps)[:-1]
+        velocity = self.velocity_over(times, z)
+        return flow.sample(velocity, z, num_inference_steps, self.eps, callback_on_step_end)
+
+    def velocity_over(self, times: Sequence[float], z: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """`velocity_at` for these times and states shaped like z, prepared for them where the network can be."""
+        network = self.velocity
+        if not hasattr(network, "prepare"):
+            return self.velocity_at
+        t = torch.tensor(times, dtype=z.dtype, device=z.device)
+        tables = network.prepare(None if self._untimed else 1 - t if self.reversed else t, *z.shape[-2:])
+        steps = {t: k for k, t in enumerate(times)}
+
+        def velocity(z: Tensor, t: float) -> Tensor:
+            z = z.to(_dtype_of(network), memory_format=torch.channels_last)
+            v = network(z, tables=tables, step=steps[t])
+            return -v if self.reversed else v
+
+        return velocity
+
+    @property
+    def _untimed(self) -> bool:
+        """Whether the velocity network is one that takes no time."""
+        return getattr(self.velocity, "time_embed_dim", 0) is None
 
     def restore(
         self,
@@ -396,6 +425,7 @@ class LatentPMRFPipeline(Pipeline):
 
     networks = ("posterior_mean", "vae", "velocity")
     settings = ("noise_std", "latent_shift", "latent_scale", "posterior_mean_range")
+    reversed = True
 
     def __init__(
         self,
@@ -432,7 +462,7 @@ class LatentPMRFPipeline(Pipeline):
         network = self.velocity
         t = _times(t, z)
         z = z.to(_dtype_of(network), memory_format=torch.channels_last)
-        if getattr(network, "time_embed_dim", t) is None:  # an untimed LooUFormer
+        if self._untimed:
             return flow.time_reversed(lambda z, sigma: network(z), z, t)
         return flow.time_reversed(network, z, t)
 
