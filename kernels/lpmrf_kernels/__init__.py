@@ -6,6 +6,9 @@
 from . import registry as _registry
 from .ada_rms_norm_2d import ada_rms_norm_2d
 from .add_source_noise import add_source_noise
+from .conv_epilogue import bias_residual, bias_silu
+from .dwconv_geglu import dwconv_geglu, geglu
+from .dwconv_rope_qkv import dwconv_rope_qkv
 from .euler_step import euler_step
 from .layer_norm_2d import layer_norm_2d
 from .neighborhood_attention_2d import neighborhood_attention_2d
@@ -22,10 +25,15 @@ __all__ = [
     "add_source_noise",
     "attention",
     "backends",
+    "bias_residual",
+    "bias_silu",
+    "dwconv_geglu",
+    "dwconv_rope_qkv",
     "euler_step",
     "fallbacks",
     "fold_upsample_weight",
     "from_uint8",
+    "geglu",
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
