@@ -10,16 +10,18 @@ safetensors file, so that the single file explains itself and loads on its own. 
                with the official names
 
 Weights are stored in any float dtype and come back in at least float32. Buffers that depend on nothing but the config
-and are exact on any machine (RECOMPUTED) are not stored; every other key must be there, and no other.
-Models published in the diffusers layout (config.json with `_class_name`, diffusion_pytorch_model.safetensors) are read
-by `load_model`. Nothing is ever unpickled but through torch.load(weights_only=True).
+and are exact on any machine (`published.RECOMPUTED`) need not be stored; every other key must be there, and no other.
+Published checkpoints are read as well, whatever their files are called: see `published.py`. Names and shapes are
+compared before a network is made, so that nothing is ever half loaded, and nothing is unpickled but through
+torch.load(weights_only=True).
 """
 
 import json
 import os
 import pickle
 import re
-from collections.abc import Iterable, Mapping
+import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -27,23 +29,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from . import models
+from . import published
+from .published import RECOMPUTED, Checkpoint, CheckpointError, build, few, line
 
 FORMAT_VERSION = 1
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 DIFFUSERS_WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")
+MODEL_INDEX = "model_index.json"
+LIBRARY = "lpmrf_fast.models"
+SHARD_INDEX = ".index.json"
+SUFFIXES = (".safetensors", ".bin", ".pth", ".pt", ".ckpt")
 METADATA_KEY = "lpmrf_fast.config"
 BUNDLED = Path(__file__).parent / "weights"
 DEFAULT_NAME = "demo"
-RECOMPUTED = ("attn_mask", "relative_position_index")
-"""Last components of the names of SwinIR's masks and index tables: 25 MB of a published file, zero information."""
-CLASS_NAMES = {"AutoencoderKLSim": "SimVAE"}
-"""Class names of published configs → ours; ours stand for themselves."""
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be found, read or used; one line: which, why, and what to do."""
+HUB_FILES = [
+    *(CONFIG, MODEL_INDEX, WEIGHTS, *DIFFUSERS_WEIGHTS),
+    *(f"*/{name}" for name in (CONFIG, *DIFFUSERS_WEIGHTS)),
+    *(f"*{SHARD_INDEX}", "*-of-*.safetensors", "*-of-*.bin"),
+]
+"""What is fetched of a repository on the hub."""
 
 
 # ---- finding
@@ -92,7 +97,7 @@ def _from_hub(name: str, revision: str | None, local_files_only: bool, known: st
             name,
             revision=revision,
             local_files_only=local_files_only,
-            allow_patterns=[CONFIG, WEIGHTS, *DIFFUSERS_WEIGHTS],
+            allow_patterns=HUB_FILES,
         )
     except Exception as error:  # its error classes differ between versions and network libraries
         where = "in the local Hugging Face cache" if local_files_only else "on the Hugging Face hub or in its cache"
@@ -112,117 +117,159 @@ def load(name_or_path=None, revision: str | None = None, local_files_only: bool 
 
     Networks are on the CPU in float32, or float64 where stored so. Raises CheckpointError.
     """
-    path = locate(name_or_path, revision, local_files_only)
-    config, weights = _open(path)
-    if "pipeline" not in config:
-        kind = config.get("class", config.get("_class_name"))
-        raise CheckpointError(f"{path}: a single model ({kind}), not a pipeline; use checkpoint.load_model")
-    modules = config.get("modules")
-    if not isinstance(modules, dict) or not isinstance(config.get("settings"), dict):
-        raise CheckpointError(f'{path}: the config needs "modules" and "settings"; save the pipeline again')
-    networks = {name: _build(f"{path}: {name}", entry) for name, entry in modules.items()}
-    try:
-        everything = nn.ModuleDict(networks)
-    except KeyError as error:  # a name with a dot, or one that a module cannot have
-        raise CheckpointError(f"{path}: {_line(error)} cannot name a network; save the pipeline again") from error
-    _fill(everything, read_weights(weights), weights)
-    return config, networks
+    found = read(name_or_path, revision, local_files_only)
+    if "pipeline" not in found.config:
+        kind = found.config.get("class")
+        raise CheckpointError(f"{found.where}: a single model ({kind}), not a pipeline; use checkpoint.load_model")
+    networks = _networks(found)
+    _fill(networks, found.tensors)
+    return found.config, dict(networks.items())
 
 
 def load_model(name_or_path, revision: str | None = None, local_files_only: bool = False) -> nn.Module:
-    """One network in eval mode from a folder or file of ours, or a folder in the diffusers layout (official Sim-VAE).
+    """One network in eval mode, from a folder or file of ours or a published one (Sim-VAE, DifFace's SwinIR, ...).
 
     On the CPU in float32, or float64 where stored so; `locate` has the arguments. `network.config` is its config.
     Raises CheckpointError.
     """
-    path = locate(name_or_path, revision, local_files_only)
-    config, weights = _open(path)
-    if "pipeline" in config:
-        raise CheckpointError(f"{path}: a whole {config['pipeline']}, not a single model; use its from_pretrained")
-    if "_class_name" in config:
-        config = {"class": config["_class_name"], "config": config}
-    network = _build(str(path), config)
-    _fill(network, read_weights(weights), weights)
+    found = read(name_or_path, revision, local_files_only)
+    if "pipeline" in found.config:
+        raise CheckpointError(
+            f"{found.where}: a whole {found.config['pipeline']}, not a single model; use its from_pretrained"
+        )
+    network = _networks(found)
+    _fill(network, found.tensors)
     return network
 
 
 def load_weights(network: nn.Module, path) -> None:
     """Fill a network from a weights file with its official names (safetensors, or a pickle of tensors), strictly.
 
-    The values are cast to the network's dtypes. Raises CheckpointError.
+    The values are cast to the network's dtypes. Raises CheckpointError, and then the network is as it was.
     """
-    _fill(network, read_weights(path), path, keep_dtype=True)
+    tensors = read_weights(path)
+    _compare(network, tensors, path)
+    _fill(network, tensors, keep_dtype=True)
+
+
+def read(name_or_path=None, revision: str | None = None, local_files_only: bool = False) -> Checkpoint:
+    """A checkpoint of any known form in our terms, its names and shapes compared with its config.
+
+    Weights of safetensors files and of new pickles stay on disk until they are used. Raises CheckpointError.
+    """
+    found = _open(locate(name_or_path, revision, local_files_only))
+    _compare(_networks(found, "meta"), found.tensors, found.where)
+    return found
+
+
+def describe(name_or_path=None, revision: str | None = None, local_files_only: bool = False) -> str:
+    """What a checkpoint is, in a few lines for people: form, networks, settings, and what was ignored or replaced."""
+    return report(read(name_or_path, revision, local_files_only))
+
+
+def report(found: Checkpoint) -> str:
+    """`describe`, of a checkpoint that has been read."""
+    modules = found.config.get("modules") or {"": found.config}
+    rows = []
+    for name, entry in modules.items():
+        own = {key: t for key, t in found.tensors.items() if key.startswith(f"{name}." if name else "")}
+        floats = [t for key, t in own.items() if t.is_floating_point() and key.split(".")[-1] not in RECOMPUTED]
+        values = sum(t.numel() for t in floats) / 1e6
+        dtypes = few({str(t.dtype).removeprefix("torch.") for t in floats})
+        rows.append((name or "model", f"{entry['class']}, {len(own)} tensors, {values:.1f} M values, {dtypes}"))
+    settings = found.config.get("settings") or {}
+    if settings:
+        rows.append(("settings", ", ".join(f"{key} {value}" for key, value in settings.items())))
+    rows += [("note", note) for note in found.notes]
+    return "\n".join([f"{found.where}: {found.form}", *(f"  {name:15} {text}" for name, text in rows)])
+
+
+def read_config(name_or_path=None) -> dict:
+    """The config of a local or bundled checkpoint, card included, in our terms. Raises CheckpointError."""
+    return _open(locate(name_or_path, local_files_only=True)).config
 
 
 def read_weights(path) -> dict[str, Tensor]:
     """All tensors of a file by name: safetensors, or a pickle through torch.load(weights_only=True), on the CPU.
 
-    Of a pickled training checkpoint, the part under `state_dict` is taken. Raises CheckpointError.
+    Of a pickled training checkpoint, the part under `state_dict`, `params_ema` or `params` is taken. Raises
+    CheckpointError.
     """
-    path = Path(path)
-    try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return {key: file.get_tensor(key) for key in file.keys()}
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except SafetensorError as error:
-        raise CheckpointError(f"{path}: damaged safetensors file ({_line(error)}); fetch or save it again") from error
-    except OSError as error:
-        raise _unreadable(path, error) from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: refused: the pickle is damaged or holds more than plain tensors; where you trust it, convert it:"
-            " safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
-        ) from error
-    except Exception as error:  # torch.load: RuntimeError, EOFError, ... by kind of damage
-        raise CheckpointError(f"{path}: damaged PyTorch file ({_line(error)}); fetch or save it again") from error
-    if isinstance(tensors, dict) and isinstance(tensors.get("state_dict"), dict):
-        tensors = tensors["state_dict"]
-    if not isinstance(tensors, dict) or not all(isinstance(t, Tensor) for t in tensors.values()):
-        raise CheckpointError(f"{path}: holds something other than named tensors; save model.state_dict() alone")
-    return dict(tensors)
+    return published.unwrapped(path, _content(Path(path))[0])[0]
 
 
-def read_config(name_or_path=None) -> dict:
-    """The config of a local or bundled checkpoint, card included, without reading weights. Raises CheckpointError."""
-    return _open(locate(name_or_path, local_files_only=True))[0]
-
-
-def _open(path: Path) -> tuple[dict, Path]:
-    """Folder or safetensors file → (config, weights file)."""
+def _open(path: Path) -> Checkpoint:
+    """Folder or file → what it holds, not yet compared with its config."""
+    config = None
+    weights = path
     if path.is_dir():
-        if not (path / CONFIG).exists():
-            if (path / WEIGHTS).exists():
-                return _open(path / WEIGHTS)
+        if (path / MODEL_INDEX).exists():
+            return _open_parts(path)
+        if (path / CONFIG).exists():
+            config = _versioned(_read_json(path / CONFIG), path)
+        weights = _weights_in(path, config)
+    elif re.search(r"-\d+-of-\d+$", path.stem):
+        raise CheckpointError(
+            f"{path}: expected whole weights, found one shard of them; give the folder with its index"
+        )
+    elif _kind(path) is None:
+        raise CheckpointError(
+            f"{path}: not a checkpoint; give a folder with {CONFIG}, or a file of weights ({', '.join(SUFFIXES)})"
+        )
+    content, embedded = _content(weights)
+    if config is None and embedded is not None:
+        config = _versioned(_parse(embedded, weights), weights)
+    return published.read(weights, config, content)
+
+
+def _open_parts(path: Path) -> Checkpoint:
+    """A pipeline in the diffusers layout: a folder a network, and an index that holds the settings."""
+    index = _versioned(_read_json(path / MODEL_INDEX), path)
+    parts = {name: value for name, value in index.items() if _names_a_class(value)}
+    foreign = [name for name, (library, _) in parts.items() if library != LIBRARY]
+    if foreign or not parts:
+        raise CheckpointError(
+            f"{path}: expected a pipeline of networks from {LIBRARY}; found a {index.get('_class_name')} with"
+            f" {few(f'{name} from {parts[name][0]}' for name in foreign) or 'no networks'}; give one of ours"
+        )
+    modules, tensors = {}, {}
+    for name in parts:
+        part = _open(path / name)
+        modules[name] = part.config
+        tensors |= {f"{name}.{key}": tensor for key, tensor in part.tensors.items()}
+    settings = {k: v for k, v in index.items() if k not in parts and not k.startswith("_") and k != "format_version"}
+    config = {"pipeline": index.get("_class_name"), "settings": settings, "modules": modules}
+    if published.CARD in index:
+        config["card"] = index[published.CARD]
+    return Checkpoint(f"{index.get('_class_name')} in the diffusers layout", str(path), config, tensors)
+
+
+def _names_a_class(value) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(isinstance(v, str) for v in value)
+
+
+def _weights_in(path: Path, config: dict | None) -> Path:
+    """The weights of a folder: under their usual names, or the only ones that there are."""
+    usual = DIFFUSERS_WEIGHTS if config is not None and "_class_name" in config else (WEIGHTS,)
+    names = [*usual, *(f"{name}{SHARD_INDEX}" for name in usual)]
+    weights = next((path / name for name in names if (path / name).exists()), None)
+    if weights is None:
+        others = sorted(p for p in path.iterdir() if p.name.endswith((*SUFFIXES, SHARD_INDEX)))
+        others = [p for p in others if p.name.endswith(SHARD_INDEX)] or others  # an index stands for its shards
+        if len(others) == 1:
+            return others[0]
+        if config is None and not others:
             raise CheckpointError(f"{path}: not a checkpoint: no {CONFIG} in this folder")
-        config = _read_json(path / CONFIG)
-        names = DIFFUSERS_WEIGHTS if "_class_name" in config else (WEIGHTS,)
-        weights = next((path / name for name in names if (path / name).exists()), None)
-        if weights is None:
-            raise CheckpointError(f"{path}: no weights; expected {' or '.join(names)} beside {CONFIG}")
-    elif path.suffix == ".safetensors":
-        weights = path
-        try:
-            with safe_open(path, framework="pt") as file:
-                text = (file.metadata() or {}).get(METADATA_KEY)
-        except SafetensorError as error:
-            raise CheckpointError(
-                f"{path}: damaged safetensors file ({_line(error)}); fetch or save it again"
-            ) from error
-        except OSError as error:
-            raise _unreadable(path, error) from error
-        if text is None:
-            raise CheckpointError(
-                f"{path}: bare weights, no config inside; give the folder with its {CONFIG}, or build the network and"
-                " use checkpoint.load_weights"
-            )
-        config = _parse(text, path)
-    else:
-        raise CheckpointError(f"{path}: not a checkpoint; give a folder with {CONFIG}, or a .safetensors file")
+        found = f"; found {few(p.name for p in others)}, name the one you mean" if others else ""
+        raise CheckpointError(f"{path}: no weights; expected {' or '.join(usual)} beside {CONFIG}{found}")
+    return weights
+
+
+def _versioned(config: dict, path: Path) -> dict:
     version = config.get("format_version", FORMAT_VERSION)
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format version {version!r}, this lpmrf-fast reads {FORMAT_VERSION}; upgrade it")
-    return config, weights
+    return config
 
 
 def _read_json(path: Path) -> dict:
@@ -238,29 +285,105 @@ def _parse(text: str, path: Path) -> dict:
     try:
         config = json.loads(text)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({_line(error)}); fetch or save it again") from error
+        raise CheckpointError(f"{path}: not valid JSON ({line(error)}); fetch or save it again") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: the config must be a JSON object, got a {type(config).__name__}")
     return config
 
 
-def _build(where: str, entry) -> nn.Module:
-    """The network that a config entry {"class", "config"} describes."""
-    if not isinstance(entry, dict) or not isinstance(entry.get("config"), dict):
-        raise CheckpointError(f'{where}: the config of a network needs "class" and "config"')
-    name = str(entry.get("class"))
-    classes = {cls.__name__: cls for cls, _ in models.PRESETS.values()}
-    cls = classes.get(CLASS_NAMES.get(name, name))
-    if cls is None:
-        raise CheckpointError(f"{where}: unknown network class {name!r}; there are {', '.join(classes)}")
+# ---- weights files
+
+
+def _kind(path: Path) -> str | None:
+    """ "safetensors", "pickle" or "index" by the first bytes of a file, by its name where they say nothing."""
+    if path.name.endswith(SHARD_INDEX):
+        return "index"
     try:
-        return cls(**entry["config"]).eval()
-    except Exception as error:  # whatever a nonsense config makes a constructor do
-        raise CheckpointError(f"{where}: {name} cannot be built from this config: {_line(error)}") from error
+        with open(path, "rb") as file:
+            start = file.read(9)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    if start[:2] == b"PK" or start[:1] == b"\x80":
+        return "pickle"
+    if start[8:] == b"{" or path.suffix == ".safetensors":
+        return "safetensors"
+    return "pickle" if path.suffix in SUFFIXES else None
 
 
-def _fill(network: nn.Module, tensors: Mapping[str, Tensor], where, keep_dtype: bool = False) -> None:
-    """Copy tensors into the network, strictly by name and shape."""
+def _content(path: Path) -> tuple[Mapping, str | None]:
+    """What a weights file holds, named tensors or what was pickled, and the config inside, if any."""
+    kind = _kind(path)
+    if kind == "index":
+        return _shards(path), None
+    if kind == "safetensors":
+        try:
+            with safe_open(path, framework="pt") as file:
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                return tensors, (file.metadata() or {}).get(METADATA_KEY)
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{path}: damaged safetensors file ({line(error)}); fetch or save it again"
+            ) from error
+        except OSError as error:
+            raise _unreadable(path, error) from error
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path)), None
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        more = f"it asks for {asked[1]}" if asked else "the pickle is damaged or holds more than plain tensors"
+        raise CheckpointError(
+            f"{path}: refused: expected plain tensors; {more}, and unpickling it may run any code; where you trust it,"
+            " convert it once, with the code that wrote it and on a machine that may break:"
+            " safetensors.torch.save_file(model.state_dict(), 'model.safetensors')"
+        ) from error
+    except Exception as error:  # torch.load: RuntimeError, EOFError, ... by kind of damage
+        raise CheckpointError(f"{path}: damaged PyTorch file ({line(error)}); fetch or save it again") from error
+
+
+def _shards(path: Path) -> dict[str, Tensor]:
+    """All tensors that an index names, out of all its shards."""
+    where = _read_json(path).get("weight_map")
+    if not isinstance(where, dict) or not all(isinstance(v, str) and Path(v).name == v for v in where.values()):
+        raise CheckpointError(f"{path}: expected a weight_map of tensors to files beside it; fetch or save it again")
+    shards = sorted(set(where.values()))
+    missing = [name for name in shards if not (path.parent / name).exists()]
+    if missing:
+        raise CheckpointError(
+            f"{path}: expected {len(shards)} shards, found {len(shards) - len(missing)} of them; fetch {few(missing)}"
+        )
+    tensors = {}
+    for name in shards:
+        tensors |= read_weights(path.parent / name)
+    lost = where.keys() - tensors.keys()
+    if lost:
+        raise CheckpointError(
+            f"{path}: expected the {len(where)} tensors of its weight_map, found {len(tensors)} in the shards, without"
+            f" {few(lost)}; fetch the shards again"
+        )
+    return tensors
+
+
+# ---- networks
+
+
+def _networks(found: Checkpoint, device=None) -> nn.Module:
+    """The network of a checkpoint, or a ModuleDict of a pipeline's; with the device "meta", their shapes."""
+    if "pipeline" not in found.config:
+        return build(found.where, found.config, device)
+    modules = found.config.get("modules")
+    if not isinstance(modules, dict) or not isinstance(found.config.get("settings"), dict):
+        raise CheckpointError(f'{found.where}: the config needs "modules" and "settings"; save the pipeline again')
+    networks = {name: build(f"{found.where}: {name}", entry, device) for name, entry in modules.items()}
+    try:
+        return nn.ModuleDict(networks)
+    except KeyError as error:  # a name with a dot, or one that a module cannot have
+        raise CheckpointError(f"{found.where}: {line(error)} cannot name a network; save the pipeline again") from error
+
+
+def _compare(network: nn.Module, tensors: Mapping[str, Tensor], where) -> None:
+    """Names and shapes must be the network's. Raises CheckpointError."""
     wanted = network.state_dict()
     optional = {name for name, _ in network.named_buffers() if name.split(".")[-1] in RECOMPUTED}
     reports = {
@@ -272,25 +395,23 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], where, keep_dtype: 
             if tensors[name].shape != wanted[name].shape
         },
     }
-    found = [f"{len(names)} {kind} ({_few(names)})" for kind, names in reports.items() if names]
+    found = [f"{len(names)} {kind} ({few(names)})" for kind, names in reports.items() if names]
     if found:
-        raise CheckpointError(f"{where}: weights do not fit the config: {'; '.join(found)}; give the config they have")
+        raise CheckpointError(
+            f"{where}: weights do not fit the config: expected {len(wanted) - len(optional)} tensors, found"
+            f" {len(tensors.keys() - optional)}: {'; '.join(found)}; give the config they have, or fetch them again"
+        )
+
+
+def _fill(network: nn.Module, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
+    """Copy tensors that `_compare` has seen into the network."""
     if not keep_dtype and any(t.dtype == torch.float64 for t in tensors.values()):
         network.double()
-    network.load_state_dict(dict(tensors), strict=False)  # strict but for `optional`, see above
-
-
-def _few(names: Iterable[str], limit: int = 3) -> str:
-    names = sorted(names)
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+    network.load_state_dict(dict(tensors), strict=False)  # strict but for RECOMPUTED, see above
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:
-    return CheckpointError(f"{path}: cannot be read ({error.strerror or _line(error)})")
+    return CheckpointError(f"{path}: cannot be read ({error.strerror or line(error)})")
 
 
 # ---- writing
@@ -311,17 +432,16 @@ def save(
     Raises CheckpointError where the folder cannot be written or a parameter overflows dtype.
     """
     config = {
-        "format_version": FORMAT_VERSION,
         "pipeline": pipeline,
         "settings": settings,
         "modules": {name: _describe(network) for name, network in modules.items()},
     }
-    return _write(folder, config, nn.ModuleDict(modules), dtype, card)
+    return _save(folder, config, nn.ModuleDict(modules), dtype, card)
 
 
 def save_model(folder, network: nn.Module, dtype: torch.dtype | None = None, card: dict | None = None) -> Path:
     """Write the checkpoint of one network, with its official names; arguments as in `save`."""
-    return _write(folder, {"format_version": FORMAT_VERSION, **_describe(network)}, network, dtype, card)
+    return _save(folder, _describe(network), network, dtype, card)
 
 
 def _describe(network: nn.Module) -> dict:
@@ -330,24 +450,44 @@ def _describe(network: nn.Module) -> dict:
     return {"class": type(network).__name__, "config": network.config}
 
 
-def _write(folder, config: dict, network: nn.Module, dtype: torch.dtype | None, card: dict | None) -> Path:
-    folder = Path(folder)
+def _save(folder, config: dict, network: nn.Module, dtype: torch.dtype | None, card: dict | None) -> Path:
     if card is not None:
         config = {**config, "card": card}
-    text = json.dumps(config, indent=2, ensure_ascii=False)
     tensors = _stored(network, dtype)
+    return write(folder, config, tensors)
+
+
+def write(folder, config: dict, tensors: Mapping[str, Tensor]) -> Path:
+    """Write a checkpoint of ours as it is; a name that ends in .safetensors is one file, any other a folder.
+
+    Files appear whole or not at all. Raises CheckpointError where they cannot be written.
+    """
+    folder = Path(folder)
+    config = {"format_version": FORMAT_VERSION, **config}
+    alone = folder.suffix == ".safetensors" and not folder.is_dir()
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        part = folder / f"{WEIGHTS}.part"
-        save_file(tensors, part, metadata={"format": "pt", METADATA_KEY: json.dumps(config)})
-        part.chmod(0o644)  # safetensors creates it for its owner alone, which an installed package must not be
-        os.replace(part, folder / WEIGHTS)
-        part = folder / f"{CONFIG}.part"
-        part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, folder / CONFIG)
+        (folder.parent if alone else folder).mkdir(parents=True, exist_ok=True)
+        write_tensors(folder if alone else folder / WEIGHTS, tensors, {METADATA_KEY: json.dumps(config)})
+        if not alone:
+            write_json(folder / CONFIG, config)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{folder}: cannot be written ({_line(error)})") from error
+        raise CheckpointError(f"{folder}: cannot be written ({line(error)})") from error
     return folder
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file that appears whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    save_file(dict(tensors), part, metadata={"format": "pt", **(metadata or {})})
+    part.chmod(0o644)  # safetensors creates it for its owner alone, which an installed package must not be
+    os.replace(part, path)
+
+
+def write_json(path: Path, value) -> None:
+    """A JSON file that appears whole or not at all."""
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(part, path)
 
 
 def _stored(network: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:

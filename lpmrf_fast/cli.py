@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 STAGES = ("vae", "posterior-mean", "flow")
+FORMS = ("official", "diffusers", "single")
 DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
 DEFAULT_MAX_PIXELS = 2048 * 2048  # lpmrf_fast.restore's, which imports torch; a test keeps them equal
 
@@ -78,6 +79,18 @@ def doctor(args) -> int:
     from .doctor import report
 
     print(report())
+    return 0
+
+
+def convert(args) -> int:
+    from . import checkpoint
+    from .convert import convert
+
+    if args.target is None:
+        print(checkpoint.describe(args.source, local_files_only=args.offline))
+    else:
+        print(convert(args.source, args.target, args.to, args.offline))
+        print(f"written: {args.target}")
     return 0
 
 
@@ -309,11 +322,13 @@ def parser() -> argparse.ArgumentParser:
         help="train one of the three stages",
         description="Train one stage as a YAML file says; the same command continues a run that was stopped.\n"
         "Needs the extra `train`.",
-        epilog="example:\n  lpmrf-fast train vae --config vae.yaml --set steps=2000 --set lr=2e-4",
+        epilog="example:\n  lpmrf-fast train vae --config vae.yaml --set steps=2000 lr=2e-4",
     )
     command.add_argument("stage", choices=STAGES, help="which network")
     command.add_argument("--config", required=True, metavar="FILE", type=Path, help="YAML file with the settings")
-    command.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="change one of them")
+    command.add_argument(
+        "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change some of them"
+    )
     command.set_defaults(run=train)
 
     command = commands.add_parser(
@@ -342,6 +357,24 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--face-detector", metavar="FILE", help="landmark distance: YuNet, ONNX")
     group.add_argument("--face-embedder", metavar="FILE", help="identity distance: an ArcFace network, ONNX")
     command.set_defaults(run=evaluate)
+
+    command = commands.add_parser(
+        "convert",
+        formatter_class=Formatter,
+        help="say what a checkpoint is, or write it in another form",
+        description="Say what a checkpoint is, by its content: ours, PMRF weights (folder or training checkpoint),\n"
+        "Sim-VAE, SwinIR. With a target, write it in another form: official, what the authors' code reads;\n"
+        "diffusers, a folder a network; single, one file of ours. Tensors keep their values and dtypes.",
+        epilog="examples:\n"
+        "  lpmrf-fast convert PMRF_blind_face_image_restoration/\n"
+        "  lpmrf-fast convert blind_face_restoration_pmrf.ckpt pmrf.safetensors --to single\n"
+        "  lpmrf-fast convert pmrf.safetensors pmrf-official --to official",
+    )
+    command.add_argument("source", metavar="SRC", help="folder, file or name of a checkpoint")
+    command.add_argument("target", nargs="?", metavar="DST", type=Path, help="what to write; must not exist")
+    command.add_argument("--to", choices=FORMS, default="single", help="form of DST")
+    command.add_argument("--offline", action="store_true", help="never download a model")
+    command.set_defaults(run=convert)
 
     for command in commands.choices.values():
         command.add_argument(

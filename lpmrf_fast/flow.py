@@ -72,6 +72,18 @@ def time_reversed(network: Callable[[Tensor, Tensor], Tensor], x: Tensor, t: Ten
     return -network(x, 1 - t)
 
 
+def velocity(network: Callable[..., Tensor], x: Tensor, t: Tensor | float, time_runs_down: bool = False) -> Tensor:
+    """Our velocity v(x, t) from a network of either official convention.
+
+    The attribute `time_runs_down` of a network says which, `time_runs_down` here is for one that has none. False:
+    PMRF's (HDiT), which is ours. True: Latent-PMRF's (LooUFormer). One whose `time_embed_dim` is None takes no time.
+    """
+    timed = network if getattr(network, "time_embed_dim", 0) is not None else lambda x, _: network(x)
+    if getattr(network, "time_runs_down", time_runs_down):
+        return time_reversed(timed, x, t)
+    return timed(x, t)
+
+
 def sample_times(
     batch: int,
     mode: str = "uniform",

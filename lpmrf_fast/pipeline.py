@@ -132,6 +132,8 @@ class Pipeline:
 
     networks: tuple[str, ...]
     settings: tuple[str, ...]
+    time_runs_down: bool
+    """Convention of a velocity network that does not name its own, see `flow.velocity`."""
     eps = 0.0
     card: dict | None = None
     """What the checkpoint says about itself: data, training, scores."""
@@ -172,7 +174,8 @@ class Pipeline:
     def from_pretrained(
         cls, name_or_path=None, dtype="auto", device="auto", revision: str | None = None, local_files_only: bool = False
     ):
-        """The pipeline of a checkpoint: a folder or safetensors file, a bundled name, or `owner/name` on the hub.
+        """The pipeline of a checkpoint, ours or published PMRF weights: a folder, a file, a bundled name, or
+        `owner/name` on the hub.
 
         No name: the bundled checkpoint. dtype: of the networks, see `default_dtype`; None: as stored, at least float32.
         device: see `default_device`. Raises CheckpointError (a ValueError) for a checkpoint that cannot be used.
@@ -242,7 +245,9 @@ class Pipeline:
 
     def velocity_at(self, z: Tensor, t: float | Tensor) -> Tensor:
         """v(z, t) = clean - source in the velocity network's dtype; t from 0 (source) to 1 (clean), or (B,) of them."""
-        raise NotImplementedError
+        t = torch.as_tensor(t, dtype=z.dtype, device=z.device).expand(z.shape[0])  # never rounded to a network's dtype
+        z = z.to(_dtype_of(self.velocity), memory_format=torch.channels_last)
+        return flow.velocity(self.velocity, z, t, self.time_runs_down)
 
     def add_noise(self, z: Tensor, seeds: Sequence[int] | None = None, noise: Tensor | None = None) -> Tensor:
         """z + noise_std · noise, the noise given (unit variance, z's shape) or drawn from one seed a photo (None: 0s).
@@ -387,7 +392,8 @@ class LatentPMRFPipeline(Pipeline):
     """Latent-PMRF: the flow runs in a VAE's latent space.
 
     posterior_mean: network (B, 3, H, W) → the same. vae: `encode(x)` → moments, `decode(z)`, images in [-1, 1].
-    velocity: network (z, sigma) of the official convention, sigma = 1 - t and v = source - clean (LooUFormer).
+    velocity: network (z, sigma) of the official convention, sigma = 1 - t and v = source - clean (LooUFormer), or one
+    that names its own, see `flow.velocity`.
     noise_std: of the source's noise, in units of the scaled latent. latent_shift, latent_scale: the flow's latent is
     (mean - shift) · scale; None: the VAE config's shift_factor and scaling_factor, and 0 and 1 where it has none.
     posterior_mean_range: the range of images that the posterior-mean network works in; in and out are [0, 1] anyway.
@@ -396,6 +402,7 @@ class LatentPMRFPipeline(Pipeline):
 
     networks = ("posterior_mean", "vae", "velocity")
     settings = ("noise_std", "latent_shift", "latent_scale", "posterior_mean_range")
+    time_runs_down = True
 
     def __init__(
         self,
@@ -428,25 +435,19 @@ class LatentPMRFPipeline(Pipeline):
         """Latent (B, C, h, w) of the flow → image (B, 3, H, W), about [0, 1], unclipped."""
         return self._run(self.vae.decode, z / self.latent_scale + self.latent_shift) / 2 + 0.5
 
-    def velocity_at(self, z: Tensor, t: float | Tensor) -> Tensor:
-        network = self.velocity
-        t = _times(t, z)
-        z = z.to(_dtype_of(network), memory_format=torch.channels_last)
-        if getattr(network, "time_embed_dim", t) is None:  # an untimed LooUFormer
-            return flow.time_reversed(lambda z, sigma: network(z), z, t)
-        return flow.time_reversed(network, z, t)
-
 
 class PMRFPipeline(Pipeline):
     """PMRF: the flow runs in pixels, [0, 1] throughout.
 
-    posterior_mean: network (B, 3, H, W) → the same. velocity: network (x, t), v = clean - source (HDiT).
+    posterior_mean: network (B, 3, H, W) → the same. velocity: network (x, t), v = clean - source (HDiT), or one that
+    names its own convention, see `flow.velocity`.
     noise_std: of the source's noise, in pixel units. eps: the first time of the flow. posterior_mean_range: the range
     of images that the posterior-mean network works in. The networks are put in eval mode and channels-last.
     """
 
     networks = ("posterior_mean", "velocity")
     settings = ("noise_std", "eps", "posterior_mean_range")
+    time_runs_down = False
 
     def __init__(
         self,
@@ -469,9 +470,6 @@ class PMRFPipeline(Pipeline):
     def decode(self, z: Tensor) -> Tensor:
         return z
 
-    def velocity_at(self, z: Tensor, t: float | Tensor) -> Tensor:
-        return self.velocity(z.to(_dtype_of(self.velocity), memory_format=torch.channels_last), _times(t, z))
-
 
 # ---- helpers
 
@@ -480,11 +478,6 @@ def _dtype_of(network) -> torch.dtype:
     """Dtype of a network's parameters, of a bound method's network too; float32 where it has none."""
     network = getattr(network, "__self__", network)
     return next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
-
-
-def _times(t: float | Tensor, z: Tensor) -> Tensor:
-    """t as (B,) in z's dtype and on its device: time is never rounded to a network's dtype."""
-    return torch.as_tensor(t, dtype=z.dtype, device=z.device).expand(z.shape[0])
 
 
 def _clip(x: Tensor) -> Tensor:

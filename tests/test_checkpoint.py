@@ -314,7 +314,7 @@ def test_configs_that_contradict(saved, name):
         (b"[" * 100_000, "not valid JSON"),
         (b"\xff\xfe\x00", "not UTF-8"),
         (b"[]", "must be a JSON object, got a list"),
-        (b"{}", "a single model (None), not a pipeline"),
+        (b"{}", "expected a checkpoint of lpmrf-fast, PMRF, Sim-VAE or SwinIR; found"),
     ],
 )
 def test_damaged_configs(saved, content, part):
@@ -340,7 +340,7 @@ def test_files_that_are_missing_or_something_else(saved, tmp_path, golden):
     refuse(lambda: Pipeline.from_pretrained(tmp_path / "empty"), "not a checkpoint: no config.json in this folder")
     (tmp_path / "photo.png").write_bytes(b"png")
     refuse(lambda: Pipeline.from_pretrained(tmp_path / "photo.png"), "photo.png: not a checkpoint; give a folder")
-    save_file(golden("swinir").state, tmp_path / "bare.safetensors")
+    save_file(golden("loouformer_global").state, tmp_path / "bare.safetensors")
     refuse(lambda: checkpoint.load_model(tmp_path / "bare.safetensors"), "bare weights, no config inside")
     refuse(lambda: checkpoint.read_weights(tmp_path / "none.safetensors"), "none.safetensors: cannot be read")
     refuse(lambda: checkpoint.read_weights(tmp_path / "none.pth"), "none.pth: cannot be read")

@@ -257,12 +257,14 @@ def test_what_this_machine_cannot_do_is_one_line(run, photos, model, arguments):
 
 
 def test_the_cli_repeats_only_what_the_library_says():
+    from lpmrf_fast.convert import FORMS
     from lpmrf_fast.pipeline import DTYPES
     from lpmrf_fast.restore import DEFAULT_MAX_PIXELS
     from lpmrf_fast.training.config import STAGES
 
     assert cli.DEFAULT_MAX_PIXELS == DEFAULT_MAX_PIXELS
     assert cli.STAGES == STAGES
+    assert cli.FORMS == FORMS
     assert set(cli.DTYPES) - {"auto"} <= set(DTYPES)
 
 
@@ -270,7 +272,7 @@ def test_help_names_defaults_and_examples(run):
     status, out, err = run("restore", "--help")
     assert (status, err) == (0, [])
     assert "(default: 25)" in out and "(default: 0)" in out and "(default: auto)" in out and "examples:" in out
-    for name in ("demo", "doctor", "train"):
+    for name in ("demo", "doctor", "train", "convert"):
         assert run(name, "--help")[0] == 0
 
 
@@ -304,8 +306,22 @@ def test_train_hands_over(run, monkeypatch):
 
     seen = []
     monkeypatch.setattr(training, "run", lambda *args: seen.append(args))
-    assert run("train", "flow", "--config", "flow.yaml", "--set", "steps=3", "--set", "lr=1e-4")[0] == 0
-    assert seen == [("flow", Path("flow.yaml"), ["steps=3", "lr=1e-4"])]
+    for words in (["--set", "steps=3", "--set", "lr=1e-4"], ["--set", "steps=3", "lr=1e-4"]):
+        assert run("train", "flow", "--config", "flow.yaml", *words)[0] == 0
+        assert seen.pop() == ("flow", Path("flow.yaml"), ["steps=3", "lr=1e-4"])
+
+
+def test_convert_says_what_a_checkpoint_is_and_writes_another(run, photos, model):
+    status, out, err = run("convert", model)
+    assert (status, err) == (0, []) and "lpmrf-fast LatentPMRFPipeline" in out and "velocity        LooUFormer, " in out
+    status, out, err = run("convert", model, "one.safetensors")
+    assert (status, err) == (0, []) and out.splitlines()[-1] == "written: one.safetensors"
+    status, out, err = run("restore", "photos", "-o", "out", "--steps", "1", "--model", "one.safetensors")
+    assert (status, err) == (0, [])
+    status, out, (line,) = run("convert", model, "one.safetensors", "--to", "diffusers")
+    assert (status, out) == (1, "") and "one.safetensors: exists, and is not overwritten" in line
+    status, out, (line,) = run("convert", "photos/a.png")
+    assert (status, out) == (1, "") and "photos/a.png: not a checkpoint; give a folder" in line
 
 
 def test_a_missing_training_config_is_one_line(run, tmp_path):

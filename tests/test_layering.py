@@ -1,5 +1,6 @@
-"""Imports go down one staircase: cli → {restore, training, evaluation, backend} → pipeline → engine → {models, flow,
-checkpoint} → lpmrf_kernels → torch, triton. And nothing anywhere needs torchvision, basicsr or natten."""
+"""Imports go down one staircase: cli → {restore, training, evaluation, backend, convert} → pipeline → engine →
+checkpoint → published → {models, flow} → lpmrf_kernels → torch, triton. And nothing anywhere needs torchvision,
+basicsr or natten."""
 
 import ast
 import os
@@ -14,10 +15,11 @@ ROOT = Path(__file__).parents[1]
 # Parts of lpmrf_fast by rank; a part imports parts of lower rank only, parts of one rank do not know each other.
 STAIRCASE = [
     ["models", "flow", "perceptual"],
+    ["published"],  # how files of others read: names, shapes and configs of the networks
     ["checkpoint"],  # builds the networks that it reads
     ["engine"],
     ["pipeline"],
-    ["restore", "training", "evaluation", "backend"],
+    ["restore", "training", "evaluation", "backend", "convert"],
     ["demo", "doctor"],  # commands that use several of the parts above
     ["cli"],
     ["__main__"],
@@ -98,6 +100,7 @@ def test_every_import_goes_down():
         ("lpmrf_fast/models/swinir.py", "from ..pipeline import Pipeline", "models stands below or beside pipeline"),
         ("lpmrf_fast/models/swinir.py", "import lpmrf_fast.flow", "below or beside flow"),
         ("lpmrf_fast/flow.py", "from . import checkpoint", "flow stands below or beside checkpoint"),
+        ("lpmrf_fast/published.py", "from .checkpoint import load", "published stands below or beside checkpoint"),
         ("lpmrf_fast/pipeline.py", "    from lpmrf_fast.restore import job", "below or beside restore"),
         ("lpmrf_fast/restore/job.py", "from .. import training", "restore stands below or beside training"),
         ("lpmrf_fast/training/trainer.py", "from ..engine import Engine", "do not know each other"),

@@ -98,25 +98,54 @@ def test_golden_latent_chain(golden, pipe, dtype):
     close(result.posterior_means.double() * 2 - 1, "x_posterior_mean")
 
 
-def test_golden_pixel_chain(golden):
-    """PMRF's source, times and direction, with the file's own states for a velocity network."""
+def pixel_pipe(fixture):
+    networks = fixture.network(models.SwinIR, "mmse_model"), fixture.network(models.HDiT, "model")
+    sampling = fixture.config["sampling"]
+    return PMRFPipeline(*networks, noise_std=sampling["mmse_noise_std"], eps=sampling["eps"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_golden_pixel_chain(golden, dtype):
+    """Every stored intermediate of PMRF: images in [0, 1], time runs up, v = clean - source."""
     fixture = golden("pmrf_pipeline")
+    close, out = fixture.assert_close, fixture.outputs
+    y, noise = (fixture.inputs[k].to(dtype) for k in ("y", "noise"))
+    pipe = pixel_pipe(fixture).to(dtype=dtype)
     K = fixture.config["sampling"]["num_flow_steps"]
-    path = [fixture.outputs[name] for name in ("x_source", *(f"x_step{i + 1}" for i in range(K)))]
 
-    class Replay(nn.Module):
-        def forward(self, x, t):
-            k = round(t.item() * K)
-            assert t.item() == pytest.approx(fixture.outputs["t"][k].item(), abs=1e-6)
-            assert (x - path[k]).abs().max() < 1e-5
-            return (path[k + 1] - path[k]) * K
+    with torch.no_grad():
+        close(pipe.posterior_mean(y), "posterior_mean_raw")
+        mean = pipe.predict_mean(y)
+        close(mean, "x_posterior_mean")
+        close(pipe.add_noise(pipe.encode(mean), noise=noise), "x_source")
+    asked, states = [], []
+    pipe.velocity.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[1]))
+    result = pipe(y, K, noise=noise, output_type="pt", callback_on_step_end=lambda k, t, z: states.append((k, t, z)))
+    assert torch.cat(asked).tolist() == pytest.approx(out["t"].tolist(), abs=1e-7)
+    assert [(k, t) for k, t, _ in states] == [(k, pytest.approx((k + 1) / K)) for k in range(K)]
+    for k, _, z in states:
+        assert z.dtype == dtype
+        close(z, f"x_step{k + 1}")
+    close(result.images, "image")
+    close(result.posterior_means, "x_posterior_mean")
 
-    pipe = PMRFPipeline(
-        fixture.network(models.SwinIR, "mmse_model"), Replay(), fixture.config["sampling"]["mmse_noise_std"]
-    )
-    result = pipe(fixture.inputs["y"], K, noise=fixture.inputs["noise"], output_type="pt")
-    fixture.assert_close(result.images, "image")
-    fixture.assert_close(result.posterior_means, "x_posterior_mean")
+
+def test_a_velocity_network_says_which_way_its_time_runs(golden, pipe):
+    """LooUFormer's and HDiT's conventions hold in either pipeline; one that names none has the pipeline's."""
+    fixture = golden("pmrf_pipeline")
+    hdit, mean = fixture.network(models.HDiT, "model"), fixture.network(models.SwinIR, "mmse_model")
+    x, z = torch.stack(photos((32, 32))), torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    z3 = z[:, :3]
+    untimed = models.LooUFormer(**{**pipe.velocity.config, "time_embed_dim": None})
+    with torch.no_grad():
+        assert torch.equal(LatentPMRFPipeline(mean, pipe.vae, hdit).velocity_at(x, 0.25), hdit(x, torch.tensor([0.25])))
+        pixels = PMRFPipeline(mean, pipe.velocity).velocity_at(z, 0.25)
+        assert torch.equal(pixels, -pipe.velocity(z, torch.tensor([0.75])))
+        assert torch.equal(PMRFPipeline(mean, untimed).velocity_at(z, 0.25), -untimed(z))
+        towards = Towards(0.5)
+        expected = (0.5 - z3) / 0.75
+        torch.testing.assert_close(PMRFPipeline(mean, towards).velocity_at(z3, 0.25), expected)
+        torch.testing.assert_close(LatentPMRFPipeline(mean, pipe.vae, towards).velocity_at(z3, 0.75), -expected)
 
 
 # ---- dtypes between and inside the networks

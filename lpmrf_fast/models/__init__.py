@@ -1,15 +1,16 @@
 """The networks, with official constructor arguments, parameter names and shapes."""
 
-from . import loouformer, sim_vae, swinir
+from . import hdit, loouformer, sim_vae, swinir
+from .hdit import HDiT
 from .loouformer import LooUFormer
 from .sim_vae import SimVAE
 from .swinir import SwinIR
 
-__all__ = ["PRESETS", "LooUFormer", "SimVAE", "SwinIR", "build"]
+__all__ = ["PRESETS", "HDiT", "LooUFormer", "SimVAE", "SwinIR", "build"]
 
 PRESETS = {
     name: (cls, config)
-    for cls, module in ((SimVAE, sim_vae), (SwinIR, swinir), (LooUFormer, loouformer))
+    for cls, module in ((SimVAE, sim_vae), (SwinIR, swinir), (LooUFormer, loouformer), (HDiT, hdit))
     for name, config in module.PRESETS.items()
 }
 """name → (class, constructor arguments) of the published configurations and of ours."""

@@ -115,24 +115,25 @@ class GaussianFourierProjection(KeepsFloat32):
 class MappingBlock(nn.Module):
     """x + down(value · GELU(gate)), where (value | gate) = up(RMSNorm(x))."""
 
-    def __init__(self, dim: int, hidden: int):
+    def __init__(self, dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()
         self.norm = RMSNorm(dim)
         self.up_proj = nn.Linear(dim, 2 * hidden, bias=False)
+        self.dropout = nn.Dropout(dropout)
         self.down_proj = zero_(nn.Linear(hidden, dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
         value, gate = self.up_proj(self.norm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(value * nn.functional.gelu(gate))
+        return x + self.down_proj(self.dropout(value * nn.functional.gelu(gate)))
 
 
 class MappingNetwork(nn.Module):
     """RMSNorm, `layers` gated residual blocks, RMSNorm: turns a time embedding into the networks' condition."""
 
-    def __init__(self, layers: int, dim: int, hidden: int):
+    def __init__(self, layers: int, dim: int, hidden: int, dropout: float = 0.0):
         super().__init__()
         self.in_norm = RMSNorm(dim)
-        self.blocks = nn.ModuleList(MappingBlock(dim, hidden) for _ in range(layers))
+        self.blocks = nn.ModuleList(MappingBlock(dim, hidden, dropout) for _ in range(layers))
         self.out_norm = RMSNorm(dim)
 
     def forward(self, x: Tensor) -> Tensor:

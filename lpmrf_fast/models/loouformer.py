@@ -240,6 +240,9 @@ class LooUFormer(nn.Module):
     H and W must be multiples of `multiple`, and every level at least its window, else ValueError.
     """
 
+    time_runs_down = True
+    """See `lpmrf_fast.flow.velocity`."""
+
     @records_config
     def __init__(
         self,

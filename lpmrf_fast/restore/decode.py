@@ -7,7 +7,8 @@ The rules:
 - EXIF orientation is applied. Of an animation or a multi-page file the first picture is taken.
 - Alpha is set aside and comes back in the output; the colours under it are restored as they are.
 - Grayscale and palettes become RGB. CMYK goes through its colour profile to sRGB where Pillow can, else by its formula.
-- 16 bits become 8: v / 257, rounded (RGB: the upper byte, which is what Pillow reads). Floats must be in [0, 1].
+- 16 bits become 8: v / 257, rounded. Colours need OpenCV for that (the extra `photo`); without it the upper byte is
+  taken, which is what Pillow reads: at most one level less. Floats must be in [0, 1].
 - An RGB colour profile is not applied: the numbers stay, and the profile goes into the output.
 """
 
@@ -49,7 +50,7 @@ def decode(path: Path, max_pixels: int = DEFAULT_MAX_PIXELS) -> Photo:
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, ...
         raise PhotoError(f"damaged or truncated {image.format} ({_line(error)}); get the file again") from error
     profile = image.info.get("icc_profile")
-    rgb, alpha = _to_rgb(_upright(image))
+    rgb, alpha = _to_rgb(_upright(_deep(data, image) or image))
     kept = isinstance(profile, bytes) and profile[16:20] == b"RGB " and image.mode in ("RGB", "RGBA", "P", "RGBX")
     return Photo(rgb, digest, alpha, profile if kept else None)
 
@@ -84,6 +85,25 @@ def _open(data: bytes) -> Image.Image:
             raise PhotoError("damaged or truncated: its header is not readable; get the file again") from error
         finally:
             Image.MAX_IMAGE_PIXELS = before
+
+
+def _deep(data: bytes, image: Image.Image) -> Image.Image | None:
+    """A picture of 16 bits a colour, rounded to 8, which Pillow would cut off; None: not one, or no OpenCV."""
+    if image.format == "PNG":
+        deep = data[24] == 16 and image.mode in ("RGB", "RGBA")
+    else:
+        deep = image.format == "TIFF" and len(bits := image.tag_v2.get(258, ())) > 2 and set(bits) == {16}
+    try:
+        import cv2
+    except ImportError:
+        return None
+    values = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED) if deep else None
+    if values is None or values.dtype != np.uint16 or values.shape[2:] not in ((3,), (4,)):
+        return None
+    eight = _eight_bits(values)
+    rounded = Image.fromarray(np.ascontiguousarray(eight[..., [2, 1, 0, 3][: eight.shape[2]]]))  # OpenCV's are BGR
+    rounded.getexif()[0x0112] = image.getexif().get(0x0112, 1)  # the orientation, which OpenCV leaves alone here
+    return rounded
 
 
 def _upright(image: Image.Image) -> Image.Image:

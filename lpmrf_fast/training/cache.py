@@ -12,6 +12,7 @@ import torch
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from ..checkpoint import locate
 from .config import TrainConfig
 from .data import Faces, batches
 
@@ -92,9 +93,10 @@ class _Latents(Dataset):
         return part["sources"][i], part["targets"][i]
 
 
-def _digest(folder: str) -> str:
+def _digest(name: str) -> str:
+    path = locate(name)
     h = hashlib.sha256()
-    for file in sorted(Path(folder).glob("*")):
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
         if file.is_file():
             h.update(file.read_bytes())
     return h.hexdigest()

@@ -41,11 +41,11 @@ class TrainConfig:
     out: str
     """Run folder: checkpoints, log and pictures."""
     model: dict
-    """`preset: NAME` and/or constructor arguments; `class` (SimVAE, SwinIR, LooUFormer) where there is no preset."""
+    """`preset: NAME` and/or constructor arguments; `class` (SimVAE, SwinIR, LooUFormer, HDiT) where there is none."""
     posterior_mean: str | None = None
-    """flow: folder of the trained posterior-mean network."""
+    """flow: checkpoint of the posterior-mean network: a run's `model` folder, or published weights (DifFace's .pth)."""
     vae: str | None = None
-    """flow: folder of the trained VAE. Without one the flow lives in pixels, as PMRF's."""
+    """flow: checkpoint of the VAE, likewise (Sim-VAE's folder). Without one the flow lives in pixels, as PMRF's."""
 
     # data
     train: str = "data/train"

@@ -233,7 +233,7 @@ class FlowStage(Stage):
         self.posterior_mean = None
         if self.starts_from == "posterior-mean":
             if config.posterior_mean is None:
-                raise ConfigError("flow: posterior_mean must name the folder of the trained posterior-mean network")
+                raise ConfigError("flow: posterior_mean must name the checkpoint of the posterior-mean network")
             self.posterior_mean = self._frozen(config.posterior_mean)
         self.vae = self._frozen(config.vae) if config.vae else None
         if config.crop is not None:
@@ -243,8 +243,8 @@ class FlowStage(Stage):
             self.shift = self.vae.config.get("shift_factor") or 0.0
             self.scale = self.vae.config.get("scaling_factor") or 1.0
 
-    def _frozen(self, folder):
-        model = load_model(folder).float().eval().requires_grad_(False)
+    def _frozen(self, checkpoint):
+        model = load_model(checkpoint).float().eval().requires_grad_(False)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def dataset(self, samples):
@@ -278,11 +278,11 @@ class FlowStage(Stage):
     def velocity(self, model, start: Tensor):
         """v(z, t) of a network that sees `start` as well, where it is a condition."""
 
-        def network(z, sigma):
+        def seen(z):
             z = torch.cat([z, start], 1) if self.config.condition else z
-            return model(z.contiguous(memory_format=torch.channels_last), sigma)
+            return z.contiguous(memory_format=torch.channels_last)
 
-        return lambda z, t: flow.time_reversed(network, z, t).float()
+        return lambda z, t: flow.velocity(model, seen(z), t).float()
 
     def loss(self, batch, generator):
         start, target = (b.to(self.device).float() for b in batch) if self.config.cache else self.ends(*batch)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import lpmrf_kernels
-from lpmrf_fast.models import LooUFormer, SimVAE, SwinIR
+from lpmrf_fast.models import HDiT, LooUFormer, SimVAE, SwinIR
 from lpmrf_kernels import reference
 
 
@@ -28,7 +28,7 @@ def swinir(network, y):
     return {"raw": raw, "x_posterior_mean": raw.clamp(0, 1)}
 
 
-def loouformer(network, x, sigma):
+def velocity(network, x, sigma):
     return {"v": network(x, sigma)}
 
 
@@ -36,8 +36,9 @@ CASES = {
     "sim_vae_layer_norm": (SimVAE, sim_vae),
     "sim_vae_group_norm": (SimVAE, sim_vae),
     "swinir": (SwinIR, swinir),
-    "loouformer_global": (LooUFormer, loouformer),
-    "loouformer_neighborhood": (LooUFormer, loouformer),
+    "loouformer_global": (LooUFormer, velocity),
+    "loouformer_neighborhood": (LooUFormer, velocity),
+    "hdit": (HDiT, velocity),
 }
 every_case = pytest.mark.parametrize("name", CASES)
 
@@ -91,6 +92,31 @@ def test_batches_do_not_mix(golden, name):
         assert (actual[n:-n] - actual[:n]).abs().max() > 1e-3, "the other inputs do not tell"
 
 
+def test_hdit_intermediates(golden):
+    """What the file stores on the way, to localise a mistake: NHWC there as here."""
+    fixture = golden("hdit")
+    network = fixture.network(HDiT)
+    seen = {}
+
+    def keep(name):
+        return lambda module, inputs, output: seen.update({name: output})
+
+    for name, module in (
+        ("patch_in", network.patch_in),
+        ("cond", network.mapping),
+        ("attn0_plus_skip", network.down_levels[0][0].self_attn),
+        ("down0", network.down_levels[0]),
+        ("mid", network.mid_level),
+        ("up_last", network.up_levels[0]),
+    ):
+        module.register_forward_hook(keep(name))
+    with torch.no_grad():
+        network(**fixture.inputs)
+    assert set(seen) | {"v"} == set(fixture.outputs)
+    for name, actual in seen.items():
+        fixture.assert_close(actual, name)
+
+
 @contextlib.contextmanager
 def plain_modules(monkeypatch):
     """The same networks out of stock PyTorch operations, each rounding to the working dtype as it goes.
@@ -130,7 +156,7 @@ def plain_modules(monkeypatch):
         "layer_norm_2d": layer_norm,
         "group_norm_silu": lambda x, groups, weight, bias, eps, act: F.group_norm(x, groups, weight, bias, eps),
         "ada_rms_norm_2d": lambda x, scale, eps=1e-6: rms(x, 1 + scale, eps),
-        "attention": lambda q, k, v: softmax_attention(q, k, v, 0, q.shape[-1] ** -0.5),
+        "attention": lambda q, k, v, scale=None: softmax_attention(q, k, v, 0, scale or q.shape[-1] ** -0.5),
         "neighborhood_attention_2d": neighborhood,
         "rms_norm_2d": rms,
         "biased_attention": biased,

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 
 import lpmrf_kernels as ops
 from lpmrf_fast import models
-from lpmrf_fast.models import LooUFormer, SimVAE, SwinIR
+from lpmrf_fast.models import HDiT, LooUFormer, SimVAE, SwinIR
+from lpmrf_fast.models.hdit import cosine_heads, window_attention
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -43,6 +44,25 @@ def swinir(**options):
         img_size=16, embed_dim=12, depths=[2], num_heads=[2], window_size=4, mlp_ratio=2, sf=2, upsampler="nearest+conv"
     )
     return SwinIR(**{**config, **options})
+
+
+NEAR, FAR = {"type": "neighborhood", "d_head": 8, "kernel_size": 3}, {"type": "global", "d_head": 16}
+
+
+def hdit(**options):
+    config = dict(
+        in_channels=3,
+        out_channels=3,
+        widths=[16, 32],
+        depths=[1, 1],
+        patch_size=[2, 2],
+        self_attns=[NEAR, FAR],
+        mapping_depth=1,
+        mapping_width=16,
+        dropout_rate=[0, 0],
+        mapping_dropout_rate=0.0,
+    )
+    return HDiT(**{**config, **options})
 
 
 def every_parameter_counts(network, output):
@@ -281,6 +301,125 @@ def test_loouformer_shapes(levels, patch, h, w, batch):
             network(x[:, :, :too_small], 0.5)
 
 
+# ---- HDiT
+
+HDIT_OPTIONS = {
+    "as published": {},
+    "condition channels": dict(in_channels=6),
+    "three levels": dict(
+        widths=[8, 16, 24],
+        depths=[1, 2, 1],
+        self_attns=[NEAR, {"type": "global", "d_head": 8}, NEAR],
+        dropout_rate=[0] * 3,
+    ),
+    "one level": dict(widths=[16], depths=[2], self_attns=[FAR], dropout_rate=[0]),
+    "oblong patches": dict(patch_size=[1, 4]),
+    "shifted windows": dict(depths=[2, 2], self_attns=[{"type": "shifted-window", "d_head": 8, "window_size": 2}] * 2),
+    "no mapping blocks": dict(mapping_depth=0),
+}
+every_hdit = pytest.mark.parametrize("name", HDIT_OPTIONS)
+
+
+@every_hdit
+def test_hdit_uses_all_its_parameters_and_keeps_batches_apart(randomized, name):
+    """A batch of two, at two times, is the two alone; contiguous and channels-last; a scalar time; no time."""
+    network = randomized(hdit(**HDIT_OPTIONS[name])).double()
+    x = randn(2, network.in_channels, 24, 48, dtype=torch.float64)
+    sigma = torch.tensor([0.2, 0.9])
+    v = network(x, sigma)
+    assert v.shape == (2, 3, 24, 48)
+    every_parameter_counts(network, v)
+    with torch.no_grad():
+        for i in range(2):
+            torch.testing.assert_close(v[i : i + 1], network(x[i : i + 1], sigma[i].item()), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(network(x.to(memory_format=torch.channels_last), sigma), v, rtol=1e-9, atol=1e-9)
+        untimed = network(x)
+        assert (untimed - network(x, 1.0)).abs().max() > 1e-3
+        network.time_emb.weight.zero_()  # the embedding is then 1 and 0: only its first half is read
+        network.time_in_proj.weight[:, 8:] = 0
+        assert (network(x) - network(x, 0.3)).abs().max() < 1e-9
+
+
+def test_hdit_heads_as_defined():
+    """Lengths of q and k, RoPE on the first half of each head, the order of the channels."""
+    qkv, scale = randn(1, 2, 3, 3 * 2 * 8, dtype=torch.float64), torch.tensor([4.0, 9.0], dtype=torch.float64)
+    angle = randn(2, 3, 2, 2, dtype=torch.float64)
+    q, k, v = cosine_heads(qkv, 2, scale, angle.cos(), angle.sin())
+    parts = qkv.view(1, 2, 3, 3, 2, 8)
+    assert torch.equal(v, parts[:, :, :, 2])
+    for actual, x in ((q, parts[:, :, :, 0]), (k, parts[:, :, :, 1])):
+        torch.testing.assert_close(actual.norm(dim=-1), scale.sqrt().expand(1, 2, 3, 2), rtol=1e-6, atol=0)
+        x = F.normalize(x, dim=-1) * scale.sqrt()[:, None]
+        turned = torch.view_as_complex(torch.stack([x[..., :2], x[..., 2:4]], -1)) * torch.exp(1j * angle)
+        torch.testing.assert_close(actual, torch.cat([turned.real, turned.imag, x[..., 4:]], -1), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("shift", [0, 1, 2])
+def test_shifted_windows_as_defined(shift):
+    """Position i lies in window (i + shift) / size, counted around the edge; both sides of it do not see each other."""
+    size, H, W = 4, 8, 12
+    q, k, v = (randn(1, H, W, 1, 4, seed=s, dtype=torch.float64) for s in range(3))
+
+    def window(i, n):
+        return (i + shift) % n // size, i + shift >= n
+
+    cells = [(i, j, window(i, H), window(j, W)) for i in range(H) for j in range(W)]
+    expected = torch.empty_like(q)
+    for i, j, row, column in cells:
+        seen = [(a, b) for a, b, r, c in cells if (r, c) == (row, column)]
+        keys, values = (torch.stack([x[0, a, b, 0] for a, b in seen]) for x in (k, v))
+        expected[0, i, j, 0] = (keys @ q[0, i, j, 0]).softmax(0) @ values
+    torch.testing.assert_close(window_attention(q, k, v, size, shift), expected)
+
+
+def test_hdit_odd_blocks_shift_and_a_level_counts_on():
+    """The official index: 0, 1, ... on the way down, and further on the way up."""
+    network = hdit(depths=[3, 2], self_attns=[{"type": "shifted-window", "d_head": 8, "window_size": 4}] * 2)
+    shifts = [[b.self_attn.shift for b in level] for level in (*network.down_levels, *network.up_levels)]
+    assert shifts == [[0, 2, 0], [2, 0, 2]] and [b.self_attn.shift for b in network.mid_level] == [0, 2]
+    assert network.multiple == (16, 16)
+
+
+def test_hdit_parameters_are_in_the_official_order():
+    """Published training checkpoints hold their EMA weights as a list in this order."""
+    level = [
+        "self_attn.scale",
+        "self_attn.norm.linear.weight",
+        "self_attn.qkv_proj.weight",
+        "self_attn.out_proj.weight",
+    ]
+    level += ["ff.norm.linear.weight", "ff.up_proj.weight", "ff.down_proj.weight"]
+    block = ["norm.scale", "up_proj.weight", "down_proj.weight"]
+    expected = [
+        "patch_in.proj.weight",
+        "time_in_proj.weight",
+        "aug_in_proj.weight",
+        "mapping.in_norm.scale",
+        *(f"mapping.blocks.0.{name}" for name in block),
+        "mapping.out_norm.scale",
+        *(f"{part}.{name}" for part in ("down_levels.0.0", "up_levels.0.0", "mid_level.0") for name in level),
+        "merges.0.proj.weight",
+        "splits.0.fac",
+        "splits.0.proj.weight",
+        "out_norm.scale",
+        "patch_out.proj.weight",
+    ]
+    assert [name for name, _ in hdit().named_parameters()] == expected
+
+
+def test_hdit_starts_at_zero_velocity_and_drops_out_only_in_training():
+    network = hdit(dropout_rate=[0.5, 0.5], mapping_dropout_rate=0.5)
+    x = randn(1, 3, 8, 16)
+    assert not network(x, 0.5).any()
+    torch.nn.init.ones_(network.patch_out.proj.weight)
+    for block in network.modules():
+        if hasattr(block, "out_proj"):
+            torch.nn.init.eye_(block.out_proj.weight)
+    assert (network(x, 0.5) - network(x, 0.5)).any()
+    network.eval()
+    assert torch.equal(network(x, 0.5), network(x, 0.5))
+
+
 # ---- neighborhood attention
 
 
@@ -428,7 +567,7 @@ def test_swinir_windows_as_defined(randomized):
 # ---- configs and errors
 
 
-@pytest.mark.parametrize("build", [sim_vae, loouformer, swinir])
+@pytest.mark.parametrize("build", [sim_vae, loouformer, swinir, hdit])
 def test_config_rebuilds_the_network(build):
     network = build()
     again = type(network)(**network.config)
@@ -437,7 +576,7 @@ def test_config_rebuilds_the_network(build):
     assert repr(network)
 
 
-@pytest.mark.parametrize("build", [sim_vae, loouformer, swinir])
+@pytest.mark.parametrize("build", [sim_vae, loouformer, swinir, hdit])
 def test_keys_of_published_config_files(build):
     network = build(_class_name="Official", _diffusers_version="0.30.0", _name_or_path="somewhere")
     assert not [key for key in network.config if key.startswith("_")]
@@ -445,7 +584,12 @@ def test_keys_of_published_config_files(build):
 
 @pytest.mark.parametrize(
     "build, typo, meant",
-    [(sim_vae, "norm_positon", "norm_pos"), (loouformer, "block_dim", "block_dims"), (swinir, "depth", "depths")],
+    [
+        (sim_vae, "norm_positon", "norm_pos"),
+        (loouformer, "block_dim", "block_dims"),
+        (swinir, "depth", "depths"),
+        (hdit, "mapping_widths", "mapping_width"),
+    ],
 )
 def test_an_unknown_option_names_the_nearest(build, typo, meant):
     with pytest.raises(TypeError, match=f"no option '{typo}'; did you mean '{meant}"):
@@ -477,6 +621,18 @@ def test_an_unknown_option_names_the_nearest(build, typo, meant):
         (swinir, dict(num_heads=[2, 2]), "1 depths but 2 num_heads"),
         (swinir, dict(unshuffle=True, unshuffle_scale=4), "unshuffle_scale 4 must equal sf 2"),
         (swinir, dict(patch_size=2), "patch_size must be 1"),
+        (hdit, dict(depths=[1]), "differ in length"),
+        (hdit, dict(self_attns=[NEAR, {"type": "none"}]), "one of neighborhood, global, shifted-window, got 'none'"),
+        (hdit, dict(self_attns=[NEAR, "global"]), "one of neighborhood, global, shifted-window, got 'global'"),
+        (
+            hdit,
+            dict(self_attns=[NEAR, {**FAR, "kernel_size": 3}]),
+            "global attention has no 'kernel_size'; it has d_head",
+        ),
+        (hdit, dict(self_attns=[NEAR, {"type": "shifted-window"}]), "needs a window_size"),
+        (hdit, dict(self_attns=[{**NEAR, "kernel_size": 4}, FAR]), "kernel_size must be odd, got 4"),
+        (hdit, dict(self_attns=[{**NEAR, "d_head": 12}, FAR]), "d_head 12 must divide the width 16"),
+        (hdit, dict(mapping_width=15), "mapping_width must be even, got 15"),
     ],
 )
 def test_options_that_do_not_fit(build, options, message):
@@ -491,6 +647,10 @@ def test_inputs_that_do_not_fit():
         swinir()(torch.zeros(1, 3, 8, 6))
     with pytest.raises(ValueError, match="sigma is missing"):
         loouformer()(torch.zeros(1, 2, 8, 8))
+    with pytest.raises(ValueError, match=r"HDiT: height and width must be multiples of \(4, 4\) and at least \(6, 6\)"):
+        hdit()(torch.zeros(1, 3, 8, 10), 0.5)
+    with pytest.raises(ValueError, match=r"HDiT: x must be \(B, 6, H, W\), got the shape \(1, 3, 8, 8\)"):
+        hdit(in_channels=6)(torch.zeros(1, 3, 8, 8), 0.5)
     with pytest.raises(ValueError, match="untimed"):
         loouformer(time_embed_dim=None)(torch.zeros(1, 2, 8, 8), 0.5)
 
@@ -500,6 +660,8 @@ def test_presets():
         sizes = {name: sum(p.numel() for p in models.build(name).parameters()) / 1e6 for name in models.PRESETS}
         small = models.build("loouformer-s", in_channels=4, out_channels=4)
     assert 108 <= sizes["loouformer"] <= 118
+    assert (round(sizes["hdit-imagenet256sp4"], 1), round(sizes["hdit-xl2"], 1)) == (160.5, 121.5)
+    assert round(sizes["swinir-l"], 1) == 15.8
     assert small.config["in_channels"] == 4
     with pytest.raises(ValueError, match="no preset 'sim-vae'; there are .*sim-vae-c32"):
         models.build("sim-vae")

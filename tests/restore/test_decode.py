@@ -2,6 +2,7 @@
 
 import io
 import struct
+import sys
 import warnings
 import zlib
 
@@ -104,11 +105,31 @@ def test_16_bit_grayscale_is_rounded_to_8(tmp_path):
         assert np.array_equal(photo.rgb[..., 1], np.rint(values / 257).astype(np.uint8))
 
 
-def test_16_bit_rgb_is_read_within_one_level(tmp_path):
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+@pytest.mark.parametrize("channels", [3, 4])
+def test_16_bit_colours_are_rounded_to_8(tmp_path, suffix, channels, monkeypatch):
     cv2 = pytest.importorskip("cv2")
-    values = np.random.default_rng(0).integers(0, 65536, (32, 32, 3), dtype=np.uint16)
+    values = np.random.default_rng(0).integers(0, 65536, (32, 40, channels), dtype=np.uint16)
+    cv2.imwrite(str(tmp_path / f"x.{suffix}"), values[..., [2, 1, 0, 3][:channels]])
+    photo = decode(tmp_path / f"x.{suffix}")
+    exact = np.rint(values / 257)
+    assert np.array_equal(photo.rgb, exact[..., :3])
+    assert channels == 3 or np.array_equal(photo.alpha, exact[..., 3])
+    monkeypatch.setitem(sys.modules, "cv2", None)  # without the extra: the upper byte
+    assert np.abs(decode(tmp_path / f"x.{suffix}").rgb - exact[..., :3]).max() <= 1
+
+
+def test_16_bit_colours_are_turned_upright(tmp_path):
+    cv2 = pytest.importorskip("cv2")
+    values = np.random.default_rng(0).integers(0, 65536, (32, 40, 3), dtype=np.uint16)
     cv2.imwrite(str(tmp_path / "x.png"), values[..., ::-1])
-    assert np.abs(decode(tmp_path / "x.png").rgb - values / 257).max() <= 1
+    data = (tmp_path / "x.png").read_bytes()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    body = b"eXIf" + exif.tobytes().removeprefix(b"Exif\0\0")
+    chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+    (tmp_path / "x.png").write_bytes(data[:33] + chunk + data[33:])
+    assert np.array_equal(decode(tmp_path / "x.png").rgb, np.rot90(np.rint(values / 257), -1))
 
 
 def test_float_pictures_must_be_in_the_unit_interval(tmp_path):

@@ -7,6 +7,7 @@ import pytest
 pytest.importorskip("yaml")
 pytest.importorskip("cv2")
 from lpmrf_fast.training.config import ConfigError, load_config
+from lpmrf_fast.training.trainer import learning_rate
 
 PRESETS = Path(__file__).parents[2] / "lpmrf_fast" / "training" / "presets"
 
@@ -28,6 +29,14 @@ def test_values_and_overrides(file):
 @pytest.mark.parametrize("preset", sorted(PRESETS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_presets_load(preset):
     assert load_config(preset).steps > 0
+
+
+def test_pmrf_as_published():
+    c = load_config(PRESETS / "pmrf-flow.yaml")
+    assert (c.lr, c.betas, c.weight_decay, c.ema_decay) == (5e-4, (0.9, 0.95), 1e-2, 0.9999)
+    assert (c.batch_size, c.steps // (70_000 // 256), c.noise_std, c.time_sampling) == (256, 3850, 0.1, "stratified")
+    assert c.vae is None and c.model == {"preset": "hdit-imagenet256sp4"} and c.grad_clip == float("inf")
+    assert {learning_rate(step, c) for step in (0, 10, c.steps - 1)} == {1.0}
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from PIL import Image
 pytest.importorskip("cv2")
 pytest.importorskip("yaml")
 from lpmrf_fast.checkpoint import load_model
-from lpmrf_fast.models import SwinIR
+from lpmrf_fast.models import HDiT, SwinIR
+from lpmrf_fast.pipeline import PMRFPipeline
 from lpmrf_fast.training.config import ConfigError, TrainConfig
 from lpmrf_fast.training.stages import dct_basis, start_from_identity
 from lpmrf_fast.training.trainer import Trainer, learning_rate
@@ -144,6 +145,31 @@ def test_flow_in_pixels_needs_no_vae(folder, trained, tmp_path):
     model = FLOW | dict(in_channels=3, out_channels=3, patch_size=[4, 4], patch_embed_type="pixel_shuffle")
     Trainer("flow", config(folder, tmp_path, model=model, posterior_mean=str(trained / "mean/model"))).fit()
     assert len(losses(tmp_path, "velocity")) == 3
+
+
+def test_pmrf_stage(folder, trained, tmp_path):
+    """HDiT in pixels, from a posterior mean in DifFace's form; the trained network fits its pipeline as it is."""
+    mean = load_model(trained / "mean/model")
+    torch.save({"params_ema": {f"module.{k}": v for k, v in mean.state_dict().items()}}, tmp_path / "swinir.pth")
+    model = {"preset": "hdit-s", "widths": [16, 32], "depths": [1, 1], "mapping_width": 16, "dropout_rate": [0, 0]}
+    model["self_attns"] = [{"type": "neighborhood", "d_head": 8}, {"type": "global", "d_head": 8}]
+    options = dict(
+        model=model, steps=40, batch_size=4, noise_std=0.1, time_sampling="stratified", grad_clip=float("inf")
+    )
+    trainer = Trainer("flow", config(folder, tmp_path / "run", posterior_mean=str(tmp_path / "swinir.pth"), **options))
+    trainer.fit()
+    velocity = losses(tmp_path / "run", "velocity")
+    assert np.mean(velocity[-4:]) < 0.9 * np.mean(velocity[:4])
+    network = load_model(tmp_path / "run/model")
+    assert type(network) is HDiT
+    pipe = PMRFPipeline(load_model(tmp_path / "swinir.pth"), network)
+    clean, degraded = (x.float() / 255 for x in trainer.stage.validation())
+    with torch.no_grad():
+        means = pipe.predict_mean(degraded)
+        source = pipe.add_noise(means, noise=torch.randn(means.shape, generator=torch.Generator().manual_seed(0)))
+        target, found = clean - source, pipe.velocity_at(source, 0.0)
+    # It points from the source to the clean face, not back.
+    assert (found - target).square().mean() < target.square().mean() < (found + target).square().mean()
 
 
 def test_other_networks_make_the_cache_anew(folder, trained, tmp_path):
