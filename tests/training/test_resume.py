@@ -113,7 +113,8 @@ def started(folder, out, script="", environment=(), **options):
         "from lpmrf_fast.training.config import TrainConfig\n"
         "from lpmrf_fast.training.trainer import Trainer\n"
         f"t = Trainer('vae', TrainConfig(**{values!r}))\n{script}\nt.fit()\n"
-        "torch.save(t.model.state_dict(), t.out / f'rank{t.rank}.pt')\n"
+        "from lpmrf_fast.training.sharding import gathered\n"
+        "torch.save(gathered(t.model.state_dict()), t.out / f'rank{t.rank}.pt')\n"
     )
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
@@ -340,24 +341,47 @@ def test_accumulated_parts_make_the_gradient_of_the_whole_batch(folder, tmp_path
         Trainer("vae", config(folder, tmp_path / "odd", accumulate=3))
 
 
-def test_processes_share_a_step(folder, tmp_path):
-    """Two processes with gloo: both end alike, and as one process that accumulates the same two parts."""
-    options = dict(steps=2, **CRITIC)
+def processes(folder, out, port, **options):
+    """Two processes with gloo → their weights."""
     shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "true"}
-    shared["MASTER_PORT"] = str(20000 + os.getpid() % 20000)
+    shared["MASTER_PORT"] = str(20000 + (os.getpid() + port) % 20000)
     run = [
-        started(folder, tmp_path / "two", environment={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, **options)
-        for r in range(2)
+        started(folder, out, environment={**shared, "RANK": str(r), "LOCAL_RANK": str(r)}, **options) for r in range(2)
     ]
     said = [process.communicate(timeout=300)[1] for process in run]
     assert [process.returncode for process in run] == [0, 0], said
+    return [torch.load(out / f"rank{r}.pt", weights_only=True) for r in range(2)]
+
+
+def assert_near(a, b):
+    for name in a:
+        # Adam's steps of 2e-3 follow the sign of gradients near zero, which the order of sums decides.
+        assert (a[name] - b[name]).abs().mean() < 5e-5, name
+
+
+def test_processes_share_a_step(folder, tmp_path):
+    """Both end alike, and as one process that accumulates the same two parts."""
+    options = dict(steps=2, **CRITIC)
+    a, b = processes(folder, tmp_path / "two", 0, **options)
     one = Trainer("vae", config(folder, tmp_path / "one", accumulate=2, **options))
     one.fit()
-    a, b = (torch.load(tmp_path / f"two/rank{r}.pt", weights_only=True) for r in range(2))
-    for name, tensor in one.model.state_dict().items():
-        assert torch.equal(a[name], b[name]), name
-        # Adam's steps of 2e-3 follow the sign of gradients near zero, which the order of sums decides.
-        assert (a[name] - tensor).abs().mean() < 5e-5, name
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert_near(a, one.model.state_dict())
+
+
+def test_sharded_processes_go_on_from_one_and_one_from_them(folder, tmp_path):
+    options = dict(accumulate=2, decay=0.0, val=str(folder), val_every=4)
+    whole = Trainer("vae", config(folder, tmp_path / "whole", **options))
+    whole.fit()
+    Trainer("vae", config(folder, tmp_path / "parts", steps=2, **options)).fit()
+    a, b = processes(folder, tmp_path / "parts", 1, fsdp=True, **(options | dict(accumulate=1, steps=4)))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert (tmp_path / "parts/val-000004.png").exists()
+    last = Trainer("vae", config(folder, tmp_path / "parts", **options))
+    assert last.step == 4
+    last.fit()
+    assert_near(last.model.state_dict(), whole.model.state_dict())
+    assert_near(load_model(tmp_path / "parts/model").state_dict(), load_model(tmp_path / "whole/model").state_dict())
 
 
 def test_schedules():

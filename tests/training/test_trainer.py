@@ -194,7 +194,7 @@ def test_lpips_is_a_term_of_the_vae(folder, tmp_path):
     state |= {f"features.{i}.bias": torch.zeros(o) for i, (o, _, _) in shapes.items()}
     torch.save(state, tmp_path / "alex.pth")
     weights = dict(lpips_weight=0.5, lpips_weights=str(tmp_path / "alex.pth"))
-    trainer = Trainer("vae", config(folder, tmp_path / "out", model=VAE, steps=1, **weights))
+    trainer = Trainer("vae", config(folder, tmp_path / "out", model=VAE, steps=1, crop=32, **weights))
     before = trainer.stage.lpips.line0.clone()
     trainer.fit()
     assert "lpips" in (tmp_path / "out/log.jsonl").read_text() and torch.equal(before, trainer.stage.lpips.line0)
