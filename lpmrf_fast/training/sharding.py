@@ -12,8 +12,9 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 def shard(network: nn.Module, device: torch.device, processes: int) -> None:
     """Every block of a list on its own, and what is left with the network."""
+    network.to(memory_format=torch.contiguous_format)  # fully_shard takes no other; activations stay channels-last
     mesh = init_device_mesh(device.type, (processes,))
-    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)]
+    lists = [module for module in network.modules() if isinstance(module, nn.ModuleList)][::-1]  # inner ones first
     for block in (block for blocks in lists for block in blocks if not isinstance(block, nn.ModuleList)):
         fully_shard(block, mesh=mesh)
     fully_shard(network, mesh=mesh)
