@@ -147,8 +147,12 @@ def load_weights(network: nn.Module, path) -> None:
 
     The values are cast to the network's dtypes. Raises CheckpointError, and then the network is as it was.
     """
-    tensors = read_weights(path)
-    _compare(network, tensors, path)
+    load_tensors(network, read_weights(path), path)
+
+
+def load_tensors(network: nn.Module, tensors: Mapping[str, Tensor], where="these weights") -> None:
+    """`load_weights`, of tensors by name; `where` they are from, for messages."""
+    _compare(network, tensors, where)
     _fill(network, tensors, keep_dtype=True)
 
 

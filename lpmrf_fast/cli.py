@@ -9,6 +9,7 @@ from pathlib import Path
 STAGES = ("vae", "posterior-mean", "flow")
 FORMS = ("official", "diffusers", "single")
 DTYPES = ("auto", "fp32", "float32", "bf16", "bfloat16", "fp16", "float16")
+MAX_MEMORY = "for networks and activations, such as 8GB (default: what is free)"
 DEFAULT_MAX_PIXELS = 2048 * 2048  # lpmrf_fast.restore's, which imports torch; a test keeps them equal
 
 
@@ -61,6 +62,7 @@ def restore(args) -> int:
         posterior_mean=args.posterior_mean,
         overwrite=args.overwrite,
         max_pixels=args.max_pixels,
+        max_memory=args.max_memory,
         settings={"model": args.model or "bundled", "dtype": args.dtype},
         log=complain,
     )
@@ -76,9 +78,13 @@ def demo(args) -> int:
 
 
 def doctor(args) -> int:
-    from .doctor import report
+    from .doctor import plan, report
 
-    print(report())
+    if args.plan is None:
+        print(report())
+    else:
+        options = (args.batch_size, args.steps, args.model, args.dtype, args.device, args.max_memory, args.offline)
+        print(plan(*args.plan, *options))
     return 0
 
 
@@ -161,6 +167,19 @@ def pixels(text: str) -> int:
     return number
 
 
+def memory(text: str) -> str:
+    if not re.fullmatch(r"(?!0+(\.0+)?\D*$)\d+(\.\d+)? ?[kKMGT]?i?B?", text):
+        raise argparse.ArgumentTypeError(f"expected an amount of memory such as 8GB or 800MiB, got {text!r}")
+    return text
+
+
+def size(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"([1-9]\d*)(?:x([1-9]\d*))?", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"expected a size in pixels such as 512 or 640x480, got {text!r}")
+    return int(found[1]), int(found[2] or found[1])
+
+
 def device(text: str) -> str:
     if text != "auto" and not re.fullmatch(r"(cpu|cuda|xpu|mps|hpu)(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
@@ -233,21 +252,23 @@ def parser() -> argparse.ArgumentParser:
         metavar="K",
         help="Euler steps of the flow",
     )
+    group.add_argument("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
     group.add_argument(
+        "--dtype", choices=DTYPES, default="auto", metavar="T", help="of the networks: auto, fp32, bf16 or fp16"
+    )
+
+    noise = argparse.ArgumentParser(add_help=False)
+    noise.add_argument(
         "--seed",
         type=whole_number(0, 2**63 - 1, "a whole number from 0 to 2**63 - 1"),
         default=0,
         metavar="S",
         help="seed of the noise",
     )
-    group.add_argument("--device", type=device, default="auto", metavar="D", help="auto, cpu, cuda or cuda:N")
-    group.add_argument(
-        "--dtype", choices=DTYPES, default="auto", metavar="T", help="of the networks: auto, fp32, bf16 or fp16"
-    )
 
     command = commands.add_parser(
         "restore",
-        parents=[model],
+        parents=[model, noise],
         formatter_class=Formatter,
         help="restore files, folders and globs of aligned faces",
         description="Restore aligned face photos of any size (the field's framing is 512x512; others are padded by\n"
@@ -279,9 +300,10 @@ def parser() -> argparse.ArgumentParser:
         "--batch-size",
         type=whole_number(1, 100_000, "at least 1 photo"),
         metavar="N",
-        help="photos of one size that run together; halved when memory runs out (default: 8 of"
-        " 512x512 on a GPU, 1 on a CPU)",
+        help="photos of one size that run together; halved when memory runs out (default: as many as"
+        " fit, up to 32, on a GPU, 1 on a CPU)",
     )
+    command.add_argument("--max-memory", type=memory, metavar="M", help=MAX_MEMORY)
     command.add_argument(
         "--posterior-mean", action="store_true", help="also write the posterior means, into OUT-posterior-mean"
     )
@@ -298,7 +320,7 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "demo",
-        parents=[model],
+        parents=[model, noise],
         formatter_class=Formatter,
         help="restore a well-known face and write a picture of it",
         description="Degrade and restore the astronaut portrait that scikit-image ships, and write one picture:\n"
@@ -309,11 +331,23 @@ def parser() -> argparse.ArgumentParser:
 
     command = commands.add_parser(
         "doctor",
+        parents=[model],
         formatter_class=Formatter,
-        help="show versions, devices and which backend serves each op",
+        help="show versions, devices and which backend serves each op; or what a batch would take",
         description="Show versions, devices, and which backend serves each op and why not another: paste it into a\n"
-        "bug report.",
+        "bug report. With --plan, show instead how a batch would run, what each stage costs, and whether it fits;\n"
+        "the other options are of the plan.",
+        epilog="examples:\n"
+        "  lpmrf-fast doctor\n"
+        "  lpmrf-fast doctor --plan 512 --batch-size 32\n"
+        "  lpmrf-fast doctor --plan 1024x768 --device cuda --max-memory 24GB",
     )
+    command.add_argument("--plan", type=size, metavar="SIZE", help="photos of 512 (square) or 640x480 (width x height)")
+    command.add_argument(
+        "--batch-size", type=whole_number(1, 100_000, "at least 1 photo"), default=1, metavar="N", help="that many"
+    )
+    command.add_argument("--max-memory", type=memory, metavar="M", help=MAX_MEMORY)
+    command.add_argument("--offline", action="store_true", help="never download a model")
     command.set_defaults(run=doctor)
 
     command = commands.add_parser(
@@ -330,6 +364,24 @@ def parser() -> argparse.ArgumentParser:
         "--set", action="extend", nargs="+", default=[], metavar="KEY=VALUE", help="change some of them"
     )
     command.set_defaults(run=train)
+
+    command = commands.add_parser(
+        "convert",
+        formatter_class=Formatter,
+        help="say what a checkpoint is, or write it in another form",
+        description="Say what a checkpoint is, by its content: ours, PMRF weights (folder or training checkpoint),\n"
+        "Sim-VAE, SwinIR. With a target, write it in another form: official, what the authors' code reads;\n"
+        "diffusers, a folder a network; single, one file of ours. Tensors keep their values and dtypes.",
+        epilog="examples:\n"
+        "  lpmrf-fast convert PMRF_blind_face_image_restoration/\n"
+        "  lpmrf-fast convert blind_face_restoration_pmrf.ckpt pmrf.safetensors --to single\n"
+        "  lpmrf-fast convert pmrf.safetensors pmrf-official --to official",
+    )
+    command.add_argument("source", metavar="SRC", help="folder, file or name of a checkpoint")
+    command.add_argument("target", nargs="?", metavar="DST", type=Path, help="what to write; must not exist")
+    command.add_argument("--to", choices=FORMS, default="single", help="form of DST")
+    command.add_argument("--offline", action="store_true", help="never download a model")
+    command.set_defaults(run=convert)
 
     command = commands.add_parser(
         "evaluate",
@@ -357,24 +409,6 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument("--face-detector", metavar="FILE", help="landmark distance: YuNet, ONNX")
     group.add_argument("--face-embedder", metavar="FILE", help="identity distance: an ArcFace network, ONNX")
     command.set_defaults(run=evaluate)
-
-    command = commands.add_parser(
-        "convert",
-        formatter_class=Formatter,
-        help="say what a checkpoint is, or write it in another form",
-        description="Say what a checkpoint is, by its content: ours, PMRF weights (folder or training checkpoint),\n"
-        "Sim-VAE, SwinIR. With a target, write it in another form: official, what the authors' code reads;\n"
-        "diffusers, a folder a network; single, one file of ours. Tensors keep their values and dtypes.",
-        epilog="examples:\n"
-        "  lpmrf-fast convert PMRF_blind_face_image_restoration/\n"
-        "  lpmrf-fast convert blind_face_restoration_pmrf.ckpt pmrf.safetensors --to single\n"
-        "  lpmrf-fast convert pmrf.safetensors pmrf-official --to official",
-    )
-    command.add_argument("source", metavar="SRC", help="folder, file or name of a checkpoint")
-    command.add_argument("target", nargs="?", metavar="DST", type=Path, help="what to write; must not exist")
-    command.add_argument("--to", choices=FORMS, default="single", help="form of DST")
-    command.add_argument("--offline", action="store_true", help="never download a model")
-    command.set_defaults(run=convert)
 
     for command in commands.choices.values():
         command.add_argument(

@@ -9,10 +9,14 @@ from pathlib import Path
 import torch
 
 import lpmrf_kernels
-from lpmrf_kernels.registry import unavailable
+from lpmrf_kernels.registry import forced_backend, unavailable
 
 from . import checkpoint
-from .pipeline import default_device, default_dtype
+from .engine import Plan, estimate
+from .engine.engine import dtypes
+from .engine.memory import free_memory, parse_bytes
+from .engine.plan import resolved_backends
+from .pipeline import Pipeline, default_device, default_dtype
 
 CORE = ("lpmrf-fast", "torch", "triton", "numpy", "safetensors", "Pillow", "tqdm")
 OPTIONAL = {
@@ -41,6 +45,41 @@ def report() -> str:
         "ops": ops(),
     }
     return "\n\n".join(f"{title}\n{table(rows)}" for title, rows in sections.items())
+
+
+def plan(
+    width: int,
+    height: int,
+    batch_size: int = 1,
+    steps: int = 25,
+    model: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    max_memory: str | None = None,
+    offline: bool = False,
+) -> str:
+    """How a batch would run, what it would cost, and whether it fits. The device need not be there."""
+    where = default_device() if device == "auto" else torch.device(device)
+    absent = where.type == "cuda" and (where.index or 0) >= torch.cuda.device_count()
+    chosen = torch.bfloat16 if absent and dtype == "auto" else default_dtype(dtype, where)
+    pipe = Pipeline.from_pretrained(model, dtype=None, device="cpu", local_files_only=offline)
+    for network in pipe.modules.values():
+        network.to(chosen)
+    H, W = pipe.padded_size(height, width)
+    graph = "graph" if where.type == "cuda" else "eager"
+    served = resolved_backends(where, forced_backend())
+    wanted = Plan(batch_size, H, W, steps, str(where), dtypes(pipe), graph, backends=served)
+    cost = estimate(pipe, wanted)
+    free = parse_bytes(max_memory) if max_memory else None if absent else free_memory(where)
+    if free is None:
+        verdict = f"no {where} here to compare with; --max-memory says what it would have"
+    elif cost.memory <= free:
+        verdict = f"fits: {cost.memory / 1e9:.2f} GB of {free / 1e9:.2f} GB"
+    else:
+        most = int((free - cost.weights) / (cost.peak / batch_size))
+        hint = f"at most {most} at once would" if most > 0 else "photos would be cut into tiles"
+        verdict = f"does not fit: {cost.memory / 1e9:.2f} GB of {free / 1e9:.2f} GB; {hint}"
+    return f"{cost}\n{verdict}"
 
 
 def table(rows: list[tuple[str, ...]]) -> str:

@@ -23,6 +23,8 @@ import lpmrf_kernels as ops
 
 from . import checkpoint, flow
 from .checkpoint import CheckpointError
+from .engine import Engine
+from .engine.tiles import reflected as _reflected
 
 __all__ = [
     "LatentPMRFPipeline",
@@ -249,7 +251,7 @@ class Pipeline:
         z = z.to(_dtype_of(self.velocity), memory_format=torch.channels_last)
         return flow.velocity(self.velocity, z, t, self.time_runs_down)
 
-    def add_noise(self, z: Tensor, seeds: Sequence[int] | None = None, noise: Tensor | None = None) -> Tensor:
+    def add_noise(self, z: Tensor, seeds: Sequence[int] | Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """z + noise_std · noise, the noise given (unit variance, z's shape) or drawn from one seed a photo (None: 0s).
 
         Drawn noise is counted by the position in the padded (C, H, W), so that a photo gets the same noise in any batch
@@ -262,7 +264,7 @@ class Pipeline:
                     f" {tuple(noise.shape[1:])}"
                 )
             return z + self.noise_std * noise.to(z)
-        seeds = torch.tensor([0] * len(z) if seeds is None else seeds, dtype=torch.int64, device=z.device)
+        seeds = torch.as_tensor([0] * len(z) if seeds is None else seeds, dtype=torch.int64, device=z.device)
         if z.dtype == torch.float64:
             return z + self.noise_std * ops.source_noise(z.shape, seeds).double()
         return ops.add_source_noise(z, self.noise_std, seeds)
@@ -370,6 +372,13 @@ class Pipeline:
             raise NonFiniteError(result, len(photos))
         return result if return_dict else (result.images, result.posterior_means)
 
+    def engine(self, **options) -> Engine:
+        """This pipeline made fast, for many photos: an `engine.Engine` on the device and in the dtypes of now.
+
+        It takes uint8 tensors, captures CUDA graphs on a GPU, and shares the weights. Options are those of Engine.
+        """
+        return Engine(self, **options)
+
     def _batches(self, photos: list[Tensor], batch_size: int | None):
         """(padded size, indices) of the batches: photos of one padded size together, in order."""
         groups = {}
@@ -383,7 +392,7 @@ class Pipeline:
     def _padded(self, photo: Tensor, size: tuple[int, int]) -> Tensor:
         """(3, h, w) uint8 or float → (3, H, W) in [0, 1] on the pipeline's device."""
         x = photo.to(self.device)
-        x = x.to(self.state_dtype) / 255 if x.dtype == torch.uint8 else x.to(self.state_dtype)
+        x = ops.from_uint8(x[None], dtype=self.state_dtype)[0] if x.dtype == torch.uint8 else x.to(self.state_dtype)
         rows, columns = (_reflected(n, size[axis], x.device) for axis, n in enumerate(x.shape[-2:]))
         return x[:, rows[:, None], columns]
 
@@ -482,14 +491,7 @@ def _dtype_of(network) -> torch.dtype:
 
 def _clip(x: Tensor) -> Tensor:
     """x within [0, 1]; infinities become NaN rather than black or white pixels."""
-    return torch.where(x.isfinite(), x.clamp(0, 1), math.nan)
-
-
-def _reflected(length: int, padded: int, device) -> Tensor:
-    """Indices (padded,) that continue an axis by reflection about its last element, as often as it takes."""
-    period = max(1, 2 * (length - 1))
-    i = torch.arange(padded, device=device) % period
-    return torch.minimum(i, period - i) if length > 1 else i
+    return x.clamp(0, 1).masked_fill(~x.isfinite(), math.nan)
 
 
 def _pair(network, name: str) -> tuple[int, int]:
@@ -612,7 +614,7 @@ def _converted(x: Tensor, output_type: str):
     """(3, H, W) in [0, 1] → a PIL image, a float32 array (H, W, 3), or a float32 tensor of its own memory."""
     if output_type == "pt":
         return x.to(torch.float32, memory_format=torch.contiguous_format, copy=True)
-    x = x.permute(1, 2, 0)
     if output_type == "np":
-        return x.float().cpu().contiguous().numpy()
-    return PIL.Image.fromarray((x * 255).round().to(torch.uint8).cpu().contiguous().numpy())
+        return x.permute(1, 2, 0).float().cpu().contiguous().numpy()
+    picture = ops.to_uint8(x[None], memory_format=torch.channels_last)[0]
+    return PIL.Image.fromarray(picture.permute(1, 2, 0).cpu().numpy())

@@ -86,7 +86,7 @@ def test_every_option_reaches_the_job(run, photos, model, monkeypatch):
     monkeypatch.setattr(restore, "restore_files", job)
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda name, **options: loaded.update(options, name=name))
     options = "--offline --device cuda:3 --steps 3 --seed 4 --batch-size 5 --dtype bf16"
-    options += " --ext webp --posterior-mean --overwrite --max-pixels 100M"
+    options += " --ext webp --posterior-mean --overwrite --max-pixels 100M --max-memory 8GB"
     status, *_ = run("restore", "photos", "-o", "out", "--model", model, *options.split())
     assert status == 0 and seen.pop("log")
     assert loaded == {"name": model, "dtype": "bf16", "device": "cuda:3", "local_files_only": True}
@@ -100,6 +100,7 @@ def test_every_option_reaches_the_job(run, photos, model, monkeypatch):
         "posterior_mean": True,
         "overwrite": True,
         "max_pixels": 100_000_000,
+        "max_memory": "8GB",
         "settings": {"model": model, "dtype": "bf16"},
     }
 
@@ -226,6 +227,10 @@ def test_an_unknown_model_while_offline(photos):
         ([], "COMMAND"),
         (["embellish"], "embellish"),
         (["restore", "a.png"], "-o/--output"),
+        (["restore", "a.png", "-o", "o", "--max-memory", "much"], "such as 8GB or 800MiB"),
+        (["restore", "a.png", "-o", "o", "--max-memory", "0GB"], "such as 8GB or 800MiB"),
+        (["doctor", "--plan", "0"], "a size in pixels such as 512 or 640x480"),
+        (["doctor", "--plan", "512x"], "a size in pixels such as 512 or 640x480"),
         (["restore", "-o", "out"], "no photos given"),
         (["restore", "a.png", "-o", "out", "--stepz", "3"], "--stepz"),
         (["restore", "a.png", "-o", "out", "--steps", "0"], "at least 1 step, got '0'"),

@@ -89,3 +89,42 @@ def test_bundled_checkpoints_are_listed_also_damaged_ones(monkeypatch, tmp_path,
     (tmp_path / "bad" / "config.json").write_text("{")
     bad, good = doctor.checkpoints()
     assert bad[1].startswith("bundled, unusable: ") and good[1].startswith("bundled, LatentPMRFPipeline, ")
+
+
+# ---- plans
+
+
+def plan(capsys, *arguments):
+    assert cli.main(["doctor", "--plan", *arguments]) == 0
+    return capsys.readouterr().out
+
+
+@pytest.fixture
+def model(pipe, tmp_path):
+    return str(pipe.save_pretrained(tmp_path / "model"))
+
+
+def test_a_plan_says_what_runs_what_it_costs_and_whether_it_fits(capsys, model, monkeypatch):
+    monkeypatch.setattr(doctor, "free_memory", lambda device: 10 * 10**9)
+    out = plan(capsys, "100x60", "--batch-size", "3", "--steps", "4", "--model", model, "--dtype", "fp32")
+    assert out.startswith("3 x 128x64, 4 steps, float32, channels_last, c")
+    for text in ("posterior mean", "encode", "velocity, 4 steps", "decode", "GFLOP", "of weights", "fits: 0.0"):
+        assert text in out
+    assert out.rstrip().endswith("of 10.00 GB")
+
+
+def test_a_plan_that_does_not_fit_says_what_would(capsys, model):
+    words = ("512", "--model", model, "--steps", "1", "--dtype", "bf16")
+    assert "does not fit: " in plan(capsys, *words, "--batch-size", "64", "--max-memory", "1GB")
+    many = plan(capsys, *words, "--batch-size", "64", "--max-memory", "1GB").rsplit("at most ", 1)[1]
+    at_once = int(many.split()[0])
+    assert 1 <= at_once < 64
+    assert "\nfits: " in plan(capsys, *words, "--batch-size", str(at_once), "--max-memory", "1GB")
+    assert "photos would be cut into tiles" in plan(capsys, *words, "--max-memory", "2MB")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is here")
+def test_a_plan_for_a_gpu_that_is_not_here(capsys, model):
+    out = plan(capsys, "64", "--model", model, "--device", "cuda")
+    assert "bfloat16, channels_last, cuda, graph" in out and "no cuda here to compare with; --max-memory says" in out
+    assert "\nfits: " in plan(capsys, "64", "--model", model, "--device", "cuda:1", "--max-memory", "1GB")

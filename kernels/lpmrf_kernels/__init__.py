@@ -1,22 +1,19 @@
 """Fused operations for face restoration: each is a torch op with a Triton, a C++ and a plain PyTorch backend.
 
-`euler_step` and `add_source_noise` have kernels. `group_norm_silu`, `layer_norm_2d`, `ada_rms_norm_2d`, `attention`
-and `neighborhood_attention_2d` have none yet: they are the reference, plain differentiable PyTorch, whatever backend
-is asked for. `backends()` says so for each of them.
+`backends()` says which of them serves an op, forward and backward, and why another does not.
 """
 
 from . import registry as _registry
+from .ada_rms_norm_2d import ada_rms_norm_2d
 from .add_source_noise import add_source_noise
 from .euler_step import euler_step
-from .reference import (
-    ada_rms_norm_2d,
-    attention,
-    group_norm_silu,
-    layer_norm_2d,
-    neighborhood_attention_2d,
-    source_noise,
-)
+from .layer_norm_2d import layer_norm_2d
+from .reference import attention, group_norm_silu, neighborhood_attention_2d, source_noise
 from .registry import backends, fallbacks, use_backend
+from .rms_norm_2d import rms_norm_2d
+from .uint8 import from_uint8, to_uint8
+from .upsample_conv import fold_upsample_weight, upsample_conv
+from .window_attention import window_attention
 
 __all__ = [
     "ada_rms_norm_2d",
@@ -25,14 +22,20 @@ __all__ = [
     "backends",
     "euler_step",
     "fallbacks",
+    "fold_upsample_weight",
+    "from_uint8",
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
+    "rms_norm_2d",
     "source_noise",
+    "to_uint8",
+    "upsample_conv",
     "use_backend",
+    "window_attention",
 ]
 
-for _op in (ada_rms_norm_2d, attention, group_norm_silu, layer_norm_2d, neighborhood_attention_2d):
+for _op in (attention, group_norm_silu, neighborhood_attention_2d):
     _note = "its kernel is not written yet"
     _registry.register(
         _registry.Op(_op.__name__, {"torch": _registry.Kernel(_op)}, notes={"forward": _note, "backward": _note})

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from . import reference
 from ._triton import jit, tl, triton
-from .launch import launch_config
+from .launch import choices, launch_config
 from .layout import laid_out_like
 from .registry import CompileCase, Kernel, Op, register, run
 
@@ -177,6 +177,15 @@ def _compile_cases() -> list[CompileCase]:
     ]
 
 
+def _tune_inputs(device):
+    for batch in (1, 8, 32):  # latents of 512x512 photos
+        yield (
+            torch.randn(batch, 16, 64, 64, device=device).contiguous(memory_format=torch.channels_last),
+            0.1,
+            torch.arange(batch, device=device),
+        )
+
+
 # ---- registration
 
 register(
@@ -189,6 +198,8 @@ register(
         },
         notes={"backward": "it is a cast of g to z's dtype"},
         compile_cases=_compile_cases,
+        candidates={"add_source_noise": choices(BLOCK=(64, 128, 256, 512), num_warps=(2, 4, 8))},
+        tune_inputs=_tune_inputs,
     )
 )
 

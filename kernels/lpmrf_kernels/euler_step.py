@@ -15,7 +15,7 @@ from torch import Tensor
 
 from . import reference
 from ._triton import jit, tl, triton
-from .launch import launch_config
+from .launch import choices, launch_config
 from .layout import laid_out_like, memory_order
 from .registry import CompileCase, Kernel, Op, register, run
 
@@ -125,6 +125,12 @@ def _compile_cases() -> list[CompileCase]:
     ]
 
 
+def _tune_inputs(device):
+    for batch in (1, 8, 32):  # latents of 512x512 photos
+        z = torch.randn(batch, 16, 64, 64, device=device)
+        yield z, z.bfloat16(), 0.04
+
+
 # ---- registration
 
 register(
@@ -137,6 +143,8 @@ register(
         },
         notes={"backward": "it is g and dt · g, which PyTorch does in one pass"},
         compile_cases=_compile_cases,
+        candidates={"euler_step": choices(BLOCK=(256, 512, 1024, 2048, 4096), num_warps=(2, 4, 8))},
+        tune_inputs=_tune_inputs,
     )
 )
 

@@ -9,11 +9,14 @@ Each row holds the sizes that it was measured at and the choice that won; the ne
 Tuning is a command that writes such a file: nothing is timed on a path that may be captured in a CUDA graph.
 """
 
+import itertools
 import json
 import logging
 import math
 import os
 import re
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +31,8 @@ def launch_config(op: str, device: torch.device, default: dict[str, int], **size
     A row takes part if it has exactly these sizes and the keys of `default`, so an old table never breaks a newer
     kernel: it is passed over.
     """
+    if (watch := _watch.get()) is not None:
+        return watch(op, default, sizes)
     if device.type != "cuda":
         return default
     rows = [
@@ -39,6 +44,24 @@ def launch_config(op: str, device: torch.device, default: dict[str, int], **size
         return default
     nearest = min(rows, key=lambda row: sum(math.log(row[k] / max(n, 1)) ** 2 for k, n in sizes.items()))
     return {key: nearest[key] for key in default}
+
+
+_watch: ContextVar = ContextVar("lpmrf_launch_watch", default=None)
+
+
+@contextmanager
+def watched(watch):
+    """Inside, `watch(op, default, sizes)` answers for `launch_config`: for `tune`, in the thread that entered."""
+    token = _watch.set(watch)
+    try:
+        yield
+    finally:
+        _watch.reset(token)
+
+
+def choices(**values) -> list[dict[str, int]]:
+    """Every combination: choices(BLOCK=(512, 1024), num_warps=(4, 8)) is a list of four, for `Op.candidates`."""
+    return [dict(zip(values, picked, strict=True)) for picked in itertools.product(*values.values())]
 
 
 def table_name(gpu: str) -> str:

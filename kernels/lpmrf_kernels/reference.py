@@ -57,11 +57,17 @@ def layer_norm_2d(
     return y if residual is None else (x, y)
 
 
-def rms_norm_2d(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x / sqrt(mean over channels of x² + eps) · weight over (B, C, H, W); weight is (C,) or (B, C)."""
+def rms_norm_2d(x: Tensor, weight: Tensor | None, eps: float = 1e-6, residual: Tensor | None = None):
+    """x / sqrt(mean over channels of x² + eps) · weight over (B, C, H, W); weight is (C,) or (B, C).
+
+    With a residual the sum is normalised and both are returned: (x + residual, y).
+    """
+    if residual is not None:
+        x = x + residual
     h = _upcast(x)
     y = h * torch.rsqrt(h.square().mean(dim=1, keepdim=True) + eps)
-    return (y if weight is None else y * _per_channel(weight, y)).to(x.dtype)
+    y = (y if weight is None else y * _per_channel(weight, y)).to(x.dtype)
+    return y if residual is None else (x, y)
 
 
 def ada_rms_norm_2d(x: Tensor, scale: Tensor, eps: float = 1e-6, residual: Tensor | None = None):
@@ -69,10 +75,26 @@ def ada_rms_norm_2d(x: Tensor, scale: Tensor, eps: float = 1e-6, residual: Tenso
 
     With a residual the sum is normalised and both are returned: (x + residual, y).
     """
-    if residual is not None:
-        x = x + residual
-    y = rms_norm_2d(x, 1 + _upcast(scale), eps)
-    return y if residual is None else (x, y)
+    return rms_norm_2d(x, 1 + _upcast(scale), eps, residual)
+
+
+def pixel_norm_backward(x: Tensor, g: Tensor, weight: Tensor | None, eps: float, centred: bool):
+    """Gradients of the norms above (`centred`: layer_norm_2d) for the gradient g of y; x is what was normalised.
+
+    Returns dx, and the gradients of weight and bias photo by photo (B, C), all in at least float32.
+    """
+    h, g = _upcast(x), g.to(_upcast(x).dtype)
+    if centred:
+        h = h - h.mean(dim=1, keepdim=True)
+    rstd = torch.rsqrt(h.square().mean(dim=1, keepdim=True) + eps)
+    h = h * rstd
+    dweight, dbias = (g * h).sum((2, 3)), g.sum((2, 3))
+    if weight is not None:
+        g = g * _per_channel(weight, g)
+    dx = g - h * (g * h).mean(dim=1, keepdim=True)
+    if centred:
+        dx = dx - g.mean(dim=1, keepdim=True)
+    return dx * rstd, dweight, dbias
 
 
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -90,17 +112,77 @@ def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Te
     return F.scaled_dot_product_attention(q, k, v, scale=scale)
 
 
-def biased_attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor | None, scale: float) -> Tensor:
-    """softmax(q kᵀ · scale + bias + mask) v over (B · windows, heads, L, D): SwinIR's window attention.
+def windows(x: Tensor, size: int) -> Tensor:
+    """(B, H, W, C) → (B · windows, size², C)."""
+    B, H, W, C = x.shape
+    x = x.reshape(B, H // size, size, W // size, size, C)
+    return x.transpose(2, 3).flatten(0, 2).flatten(1, 2)
 
-    bias (heads, L, L) is added to every window, mask (windows, L, L), if any, to every head of its window.
+
+def unwindows(x: Tensor, size: int, H: int, W: int) -> Tensor:
+    """The inverse of `windows`."""
+    n, _, C = x.shape
+    x = x.reshape(n * size**2 // (H * W), H // size, W // size, size, size, C)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def shift_mask(H: int, W: int, size: int, shift: int, device=None) -> Tensor:
+    """-100 between tokens of one window that the cyclic shift brought together, else 0: (windows, size², size²)."""
+
+    def regions(n):
+        r = torch.zeros(n, device=device)
+        r[n - size : n - shift] = 1
+        r[n - shift :] = 2
+        return r
+
+    region = 3 * regions(H)[:, None] + regions(W)
+    region = windows(region[None, :, :, None], size).squeeze(-1)
+    return torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
+
+
+def _split_windows(x: Tensor, parts: int, heads: int, size: int, shift: int) -> Tensor:
+    """(B, H, W, parts · heads · D) → (parts, B · windows, heads, L, D), rolled by the shift."""
+    return windows(x.roll((-shift, -shift), (1, 2)), size).unflatten(2, (parts, heads, -1)).permute(2, 0, 3, 1, 4)
+
+
+def _merge_windows(x: Tensor, size: int, shift: int, H: int, W: int) -> Tensor:
+    """The inverse of `_split_windows` for one part."""
+    return unwindows(x.transpose(1, 2).flatten(2), size, H, W).roll((shift, shift), (1, 2))
+
+
+def _window_probabilities(q: Tensor, k: Tensor, bias: Tensor, x: Tensor, size: int, shift: int, scale: float) -> Tensor:
+    logits = (q * scale) @ k.transpose(-2, -1) + bias.to(q.dtype)
+    if shift:
+        mask = shift_mask(*x.shape[1:3], size, shift, x.device).to(q.dtype)
+        logits = (logits.unflatten(0, (len(x), len(mask))) + mask[:, None]).flatten(0, 1)
+    return logits.softmax(dim=-1)
+
+
+def window_attention(x: Tensor, bias: Tensor, window_size: int, shift: int = 0, scale: float | None = None) -> Tensor:
+    """SwinIR's attention in windows of the map rolled by -shift: (B, H, W, 3C) → (B, H, W, C).
+
+    x holds q, k and v, each of heads · D channels; bias (heads, L, L) is added to the logits of every window.
     """
+    heads = len(bias)
+    q, k, v = _split_windows(x, 3, heads, window_size, shift)
     # PyTorch's softmax of a half-precision tensor computes in float32 inside; autocast would write float32 as well.
-    with torch.autocast(q.device.type, enabled=False):
-        logits = (q * scale) @ k.transpose(-2, -1) + bias.to(q.dtype)
-        if mask is not None:
-            logits = (logits.unflatten(0, (-1, len(mask))) + mask[:, None].to(q.dtype)).flatten(0, 1)
-        return logits.softmax(dim=-1) @ v
+    with torch.autocast(x.device.type, enabled=False):
+        p = _window_probabilities(q, k, bias, x, window_size, shift, q.shape[-1] ** -0.5 if scale is None else scale)
+        return _merge_windows(p @ v, window_size, shift, *x.shape[1:3])
+
+
+def window_attention_backward(g: Tensor, x: Tensor, bias: Tensor, window_size: int, shift: int, scale: float):
+    """Gradients (dx, dbias) of `window_attention` for the gradient g of its result."""
+    heads = len(bias)
+    with torch.autocast(x.device.type, enabled=False):
+        q, k, v = _upcast(_split_windows(x, 3, heads, window_size, shift))
+        (g,) = _split_windows(g, 1, heads, window_size, shift).to(q.dtype)
+        p = _window_probabilities(q, k, bias, x, window_size, shift, scale)
+        dp = g @ v.transpose(-2, -1)
+        ds = p * (dp - (p * dp).sum(-1, keepdim=True))
+        parts = ds @ k * scale, ds.transpose(-2, -1) @ q * scale, p.transpose(-2, -1) @ g
+        dx = torch.cat([_merge_windows(part, window_size, shift, *x.shape[1:3]) for part in parts], dim=-1)
+    return dx.to(x.dtype), ds.sum(0).to(bias.dtype)
 
 
 def window_starts(length: int, kernel_size: int) -> list[int]:
@@ -108,9 +190,7 @@ def window_starts(length: int, kernel_size: int) -> list[int]:
     return [min(max(i - kernel_size // 2, 0), length - kernel_size) for i in range(length)]
 
 
-def neighborhood_attention_2d(
-    q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float | None = None
-) -> Tensor:
+def neighborhood_attention_2d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int, scale: float | None = None) -> Tensor:
     """Each query attends to exactly kernel_size x kernel_size keys around it; (B, H, W, heads, D) in and out.
 
     Same result as NATTEN's na2d with dilation 1. kernel_size is odd and at most min(H, W), else ValueError.
@@ -189,3 +269,20 @@ def source_noise(shape, seeds, device=None) -> Tensor:
 def add_source_noise(z: Tensor, noise_std: float, seeds: Tensor) -> Tensor:
     """z + noise_std · source_noise in float32: the source of the ODE."""
     return z.float() + noise_std * source_noise(z.shape, seeds)
+
+
+def to_uint8(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Pixels of [low, high] as uint8: (x - low) · 255 / (high - low), clamped, halves to even. NaN becomes 0."""
+    y = (_upcast(x) - low) * (255 / (high - low))
+    return y.nan_to_num(nan=0.0).clamp(0, 255).round().to(torch.uint8)
+
+
+def from_uint8(x: Tensor, low: float = 0.0, high: float = 1.0, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 as pixels of [low, high]: x / 255 · (high - low) + low in at least float32, then rounded to dtype."""
+    wide = torch.promote_types(dtype, torch.float32)
+    return (x.to(wide) / 255 * (high - low) + low).to(dtype)
+
+
+def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Nearest 2x, then a 3x3 convolution with padding 1: the upsampler of Sim-VAE and of diffusers' decoders."""
+    return F.conv2d(F.interpolate(x, scale_factor=2.0, mode="nearest"), weight, bias, padding=1)

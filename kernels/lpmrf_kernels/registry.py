@@ -13,7 +13,7 @@ RuntimeError. A backend that was asked for by name and cannot serve raises Runti
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -43,13 +43,24 @@ class Kernel:
 
 @dataclass(frozen=True)
 class CompileCase:
-    """One ahead-of-time compilation of a Triton kernel: what `compile_report` tries on every target."""
+    """One ahead-of-time compilation of a Triton kernel: what `compile_report` tries on every target.
+
+    The tile sizes are the heuristic's defaults at the real shapes. Pointers are taken to be 16-byte aligned.
+    """
 
     label: str
     kernel: Any
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
+    divisible: Collection[str] = ()
+    """Integers that a launch sees to be multiples of 16: loads are then as wide as they really are."""
+    aligned: bool = False
+    """All integers are."""
+    num_stages: int | None = None
+    """None: Triton's own default."""
+    config: str | None = None
+    """The name that the launcher gives to `launch_config`, None: the op's."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +73,10 @@ class Op:
     notes: Mapping[str, str] = field(default_factory=dict)
     """"forward" and "backward" → why the reference, or plain PyTorch, is the only one there."""
     compile_cases: Callable[[], list[CompileCase]] = list
+    candidates: Mapping[str, Sequence[Mapping[str, int]]] = field(default_factory=dict)
+    """Name given to `launch_config` → the choices that `tune` times in its place, each with the heuristic's keys."""
+    tune_inputs: Callable[[torch.device], Iterable[tuple]] = lambda device: ()
+    """Arguments of `torch.ops.lpmrf.<name>` at the pipeline's shapes; one that requires grad times the backward too."""
 
     def __post_init__(self):
         assert "torch" in self.forward, f"{self.name} has no reference"

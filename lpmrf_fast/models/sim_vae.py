@@ -4,7 +4,10 @@ One norm a residual block, constant channels inside a block, no attention, no no
 channels change only where the resolution does.
 """
 
+import torch
 from torch import Tensor, nn
+
+import lpmrf_kernels as ops
 
 from .config import records_config
 from .layers import GroupNorm, LayerNorm2d
@@ -59,11 +62,25 @@ class Upsampler(nn.Module):
         super().__init__()
         self.conv = conv3x3(in_channels, out_channels * (4 if method == "pixel_shuffle" else 1))
         self.method = method
+        self.kept = None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.method == "pixel_shuffle":
             return nn.functional.pixel_shuffle(self.conv(x), 2)
-        return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        if torch.is_grad_enabled():  # in training the weight changes every step
+            return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return ops.upsample_conv(x, self.conv.weight, self.conv.bias, self.folded())
+
+    def folded(self) -> Tensor | None:
+        """The convolution's folded weight, made anew whenever the weight is another one or was written to."""
+        weight = self.conv.weight
+        if torch.compiler.is_compiling() or weight.is_inference():  # where changes cannot be seen
+            return None
+        key = weight.data_ptr(), weight._version, weight.dtype
+        if self.kept is None or self.kept[0] != key:
+            # The weight is kept too: while it lives, no other one can have its address.
+            self.kept = key, ops.fold_upsample_weight(weight), weight.detach()
+        return self.kept[1]
 
 
 class Level(nn.Module):

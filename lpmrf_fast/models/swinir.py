@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lpmrf_kernels import reference
+import lpmrf_kernels as ops
+from lpmrf_kernels.reference import shift_mask
 
 from .config import records_config
 
@@ -39,34 +40,6 @@ def _pmrf(embed_dim: int, groups: int) -> dict:
 PRESETS = {"swinir-l": _pmrf(180, 8), "swinir-m": _pmrf(120, 5)}
 
 
-def windows(x: Tensor, size: int) -> Tensor:
-    """(B, H, W, C) → (B · windows, size², C)."""
-    B, H, W, C = x.shape
-    x = x.view(B, H // size, size, W // size, size, C)
-    return x.transpose(2, 3).reshape(-1, size * size, C)
-
-
-def unwindows(x: Tensor, size: int, H: int, W: int) -> Tensor:
-    """The inverse of `windows`."""
-    C = x.shape[-1]
-    x = x.view(-1, H // size, W // size, size, size, C)
-    return x.transpose(2, 3).reshape(-1, H, W, C)
-
-
-def shift_mask(H: int, W: int, size: int, shift: int, device=None) -> Tensor:
-    """-100 between tokens of one window that the cyclic shift brought together, else 0: (windows, size², size²)."""
-
-    def regions(n):
-        r = torch.zeros(n, device=device)
-        r[n - size : n - shift] = 1
-        r[n - shift :] = 2
-        return r
-
-    region = 3 * regions(H)[:, None] + regions(W)
-    region = windows(region[None, :, :, None], size).squeeze(-1)
-    return torch.where(region[:, None] == region[:, :, None], 0.0, -100.0)
-
-
 class WindowAttention(nn.Module):
     def __init__(self, dim: int, window_size: int, num_heads: int, qkv_bias: bool, qk_scale: float | None):
         super().__init__()
@@ -82,13 +55,10 @@ class WindowAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """x (B · windows, tokens, C), mask (windows, tokens, tokens) or None."""
-        n, tokens, C = x.shape
-        q, k, v = self.qkv(x).view(n, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+    def forward(self, x: Tensor, window_size: int, shift: int) -> Tensor:
+        """x (B, H, W, C)."""
         bias = self.relative_position_bias_table[self.relative_position_index].permute(2, 0, 1)  # (heads, L, L)
-        out = reference.biased_attention(q, k, v, bias, mask, self.scale)
-        return self.proj(out.transpose(1, 2).reshape(n, tokens, C))
+        return self.proj(ops.window_attention(self.qkv(x), bias, window_size, shift, self.scale))
 
 
 class Mlp(nn.Module):
@@ -115,23 +85,13 @@ class Block(nn.Module):
         self.attn = WindowAttention(dim, self.window_size, num_heads, qkv_bias, qk_scale)
         self.norm2 = nn.LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        # The official state dict has it; the op computes it, for maps of any size.
         mask = shift_mask(*resolution, self.window_size, self.shift) if self.shift else None
         self.register_buffer("attn_mask", mask)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, H, W, C)."""
-        _, H, W, _ = x.shape
-        size, shift = self.window_size, self.shift
-        y = self.norm1(x)
-        mask = None
-        if shift:
-            y = y.roll((-shift, -shift), (1, 2))
-            # The stored mask is that of img_size; a mask depends on nothing but the size.
-            mask = shift_mask(H, W, size, shift, x.device)
-        y = unwindows(self.attn(windows(y, size), mask), size, H, W)
-        if shift:
-            y = y.roll((shift, shift), (1, 2))
-        x = x + y
+        x = x + self.attn(self.norm1(x), self.window_size, self.shift)
         return x + self.mlp(self.norm2(x))
 
 

@@ -25,11 +25,6 @@ OPTIONS = {
 WITH_ALPHA = ("PNG", "WEBP", "TIFF")
 
 
-def to_uint8(image: np.ndarray) -> np.ndarray:
-    """Finite floats in [0, 1] → uint8, rounded."""
-    return np.rint(image * 255).astype(np.uint8)
-
-
 def encode(rgb: np.ndarray, path: Path, photo: Photo) -> None:
     """Write (H, W, 3) uint8 under `path` with the photo's alpha and profile; makes folders. Raises PhotoError."""
     kind = FORMATS[path.suffix.lower()]

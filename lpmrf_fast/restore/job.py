@@ -1,10 +1,9 @@
-"""The job: photos through decoding, the pipeline and encoding, a bad one as a line in the report.
+"""The job: photos through decoding, the engine and encoding, a bad one as a line in the report.
 
-Decoding and encoding run in threads beside the pipeline, a few photos ahead and behind, so that memory stays bounded
+Decoding and encoding run in threads beside the engine, a few photos ahead and behind, so that memory stays bounded
 however many there are. All else, the manifest included, happens in the calling thread.
 """
 
-import gc
 import hashlib
 import os
 import sys
@@ -12,7 +11,7 @@ import time
 import warnings
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
@@ -22,9 +21,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..pipeline import NonFiniteError, Pipeline
+from ..engine import OutOfMemory, Restored
+from ..pipeline import Pipeline
 from .decode import DEFAULT_MAX_PIXELS, decode
-from .encode import encode, to_uint8
+from .encode import encode
 from .find import find
 from .manifest import Manifest
 from .photo import Photo, PhotoError
@@ -32,6 +32,8 @@ from .plan import Task, beside, names_a_file, plan
 
 WINDOW = 4
 """Photos of other sizes may wait until this many batches are held; then the fullest batch runs, full or not."""
+AHEAD = 2
+"""Batches that wait for the engine while it works on one."""
 
 
 class JobError(RuntimeError):
@@ -87,13 +89,15 @@ def restore_files(
     posterior_mean: bool = False,
     overwrite: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    max_memory: int | str | None = None,
     settings: dict | None = None,
     log: Callable[[str], None] | None = None,
 ) -> Report:
     """Restore files, folders and globs into a folder, or one file into a file.
 
     load_pipeline: called when there is something to do. seed: of the job; a photo's own follows from it and from the
-    bytes of its file (`photo_seed`). batch_size: photos of one padded size that run together; None: by device and size.
+    bytes of its file (`photo_seed`). batch_size: photos of one padded size that run together; None: by device and
+    memory. max_memory: what the networks and their activations may take, such as "8GB"; None: what is free.
     ext: "auto" or "png", "jpg", "webp". posterior_mean: also write the posterior means, into a folder beside it.
     settings: more of what shapes the results (the model's name), for the manifest. log: called with each failure.
 
@@ -134,7 +138,7 @@ def restore_files(
         pipeline = load_pipeline()
         started = time.monotonic()
         works = [Work(task) for task in todo]
-        works = restore_photos(works, pipeline, num_inference_steps, seed, batch_size, max_pixels)
+        works = restore_photos(works, pipeline, num_inference_steps, seed, batch_size, max_pixels, max_memory)
         bar = tqdm(total=len(todo), unit=" images", dynamic_ncols=True, disable=not sys.stderr.isatty())
         with bar, closing(works), warnings.catch_warnings():
             # What Pillow has to say of odd files is not the user's business: they are read, or their failure is a line.
@@ -208,7 +212,7 @@ class Work:
     results: list[np.ndarray] = field(default_factory=list)
     """Pictures for `task.outputs`, (H, W, 3) uint8."""
     seconds: float = 0.0
-    """Its share of the time in the pipeline."""
+    """Its share of the time in the engine."""
     error: str | None = None
 
     def attempt(self, stage: Callable[[], None]) -> None:
@@ -228,6 +232,7 @@ def restore_photos(
     seed: int,
     batch_size: int | None,
     max_pixels: int,
+    max_memory: int | str | None = None,
     threads: int = 4,
 ) -> Iterator[Work]:
     """Decode, restore and write; yields each work once, finished or failed, in the order in which they are done.
@@ -235,7 +240,7 @@ def restore_photos(
     Closing the iterator, or an exception in it (Ctrl-C too), finishes the files that are being written and leaves no
     partial ones.
     """
-    runner = Runner(pipeline, num_inference_steps, batch_size)
+    runner = Runner(pipeline, num_inference_steps, batch_size, max_memory)
 
     def read(work: Work) -> Work:
         def stage():
@@ -257,16 +262,27 @@ def restore_photos(
         return work
 
     pool = ThreadPoolExecutor(threads, thread_name_prefix="lpmrf-files")
+    running, writing = deque(), deque()
+
+    def collect() -> None:
+        """Wait for the oldest batch in the engine, and hand its results to the files' threads."""
+        batch, run = running.popleft()
+        runner.collect(run)
+        writing.extend(pool.submit(write, work) for work in batch)
+
     try:
-        writing = deque()
         for batch in _batches(_ahead(pool, read, works, threads + (batch_size or 8)), runner):
-            runner.restore([work for work in batch if work.error is None])
-            writing.extend(pool.submit(write, work) for work in batch)
+            running.append((batch, runner.submit([work for work in batch if work.error is None])))
+            while len(running) > AHEAD or (running and running[0][1].future.done()):
+                collect()
             while len(writing) > threads + len(batch) or (writing and writing[0].done()):
                 yield writing.popleft().result()
+        while running:
+            collect()
         while writing:
             yield writing.popleft().result()
     finally:
+        runner.close()
         pool.shutdown(cancel_futures=True)
 
 
@@ -304,85 +320,64 @@ def _batches(works: Iterable[Work], runner: "Runner") -> Iterator[list[Work]]:
     yield from waiting.values()
 
 
-class Runner:
-    """Batches through the pipeline; when memory runs out, halves them and remembers."""
+@dataclass
+class Run:
+    """Works in the engine."""
 
-    def __init__(self, pipeline: Pipeline, num_inference_steps: int, batch_size: int | None):
-        self.pipeline = pipeline
+    works: list[Work]
+    future: "Future[Restored]"
+    started: float
+
+
+class Runner:
+    """Batches through the pipeline's engine."""
+
+    def __init__(self, pipeline: Pipeline, num_inference_steps: int, batch_size: int | None, max_memory=None):
+        self.padded_size = pipeline.padded_size
+        self.engine = pipeline.engine(batch_size=batch_size, max_memory=max_memory, waiting=AHEAD + 1)
         self.steps = num_inference_steps
-        self.batch_size = batch_size
-        self.ceilings: dict[tuple[int, int], int] = {}
-        """Padded size → the largest batch that memory is known to hold, where it is smaller than asked for."""
+        self.collected = 0.0
 
     def padded(self, work: Work) -> tuple[int, int]:
-        return self.pipeline.padded_size(*work.size)
+        return self.padded_size(*work.size)
 
     def limit(self, size: tuple[int, int]) -> int:
         """How many photos of a padded size run together."""
-        wanted = self.batch_size
-        if wanted is None:  # on a CPU, a batch gains nothing and holds back finished photos
-            gpu = self.pipeline.device.type != "cpu"
-            wanted = max(1, min(8, 8 * 512 * 512 // (size[0] * size[1]))) if gpu else 1
-        return min(wanted, self.ceilings.get(size, wanted))
+        return max(1, self.engine.limit(*size))
 
-    def restore(self, batch: list[Work]) -> None:
-        """Fill in results or errors of works of one padded size."""
-        if not batch:
-            return
-        size = self.padded(batch[0])
-        first = 0
-        while first < len(batch):
-            part = batch[first : first + self.limit(size)]
-            error, out_of_memory = self._attempt(part)
-            if error is not None:
-                if out_of_memory:
-                    gc.collect()
-                    if torch.cuda.is_available():
-                        torch.cuda.empty_cache()
-                    if len(part) > 1:
-                        self.ceilings[size] = len(part) // 2
-                        continue
-                    error = f"out of memory at {size[1]}x{size[0]} pixels; use a smaller picture or another --device"
-                if len(part) == 1:
-                    part[0].error = error
-                else:  # which of them it was shows alone
-                    for work in part:
-                        self.restore([work])
-            first += len(part)
+    def submit(self, works: list[Work]) -> "Run":
+        """Queue works of one padded size."""
+        run = Run(works, Future(), time.monotonic())
+        if works:
+            photos = [torch.from_numpy(np.require(work.photo.rgb, requirements="W")).permute(2, 0, 1) for work in works]
+            run.future = self.engine.submit(photos, self.steps, [work.seed for work in works])
+        else:
+            run.future.set_result(None)
+        return run
 
-    def _attempt(self, part: list[Work]) -> tuple[str | None, bool]:
-        """Run one batch → (what went wrong with all of it, whether that was memory).
-
-        Returns it rather than raise, so that the frames, and their tensors, are gone before the next attempt.
-        """
-        started = time.monotonic()
+    def collect(self, run: "Run") -> None:
+        """Wait for a batch and fill in the results or errors of its works."""
         try:
-            result = self.pipeline(
-                [work.photo.rgb for work in part],
-                self.steps,
-                seed=[work.seed for work in part],
-                output_type="np",
-                batch_size=len(part),
-            )
-        except NonFiniteError as error:
-            result = error.result
+            result = run.future.result()
         except Exception as error:
-            return f"{type(error).__name__}: {_line(error)}", _is_out_of_memory(error)
-        share = (time.monotonic() - started) / len(part)
-        for work, image, mean in zip(part, result.images, result.posterior_means):
-            work.seconds = share
-            if image is None:
-                work.error = "its result is not finite (NaN); use --dtype fp32, or check the model"
+            if len(run.works) > 1:  # which of them it was shows alone
+                for work in run.works:
+                    self.collect(self.submit([work]))
             else:
-                work.results = [to_uint8(image), to_uint8(mean)]
-        return None, False
+                kind = "" if isinstance(error, OutOfMemory) else f"{type(error).__name__}: "
+                run.works[0].error = f"{kind}{_line(error)}"
+            return
+        started, self.collected = max(run.started, self.collected), time.monotonic()
+        for i, work in enumerate(run.works):
+            work.seconds = (self.collected - started) / len(run.works)
+            if result.finite[i]:
+                pictures = (result.images[i], result.posterior_means[i])
+                work.results = [picture.permute(1, 2, 0).numpy() for picture in pictures]
+            else:
+                work.error = "its result is not finite (NaN); use --dtype fp32, or check the model"
 
-
-def _is_out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    text = str(error).lower()
-    return isinstance(error, RuntimeError) and ("out of memory" in text or "can't allocate memory" in text)
+    def close(self) -> None:
+        self.engine.close(cancel=True)
 
 
 def _line(error: BaseException) -> str:

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lpmrf_kernels import from_uint8
+
 from .. import flow, models
 from ..checkpoint import load_model
 from ..models import SwinIR
@@ -31,7 +33,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def unit(x: Tensor) -> Tensor:
     """uint8 → float32 in [0, 1], channels-last."""
-    return x.float().div(255).contiguous(memory_format=torch.channels_last)
+    return from_uint8(x, memory_format=torch.channels_last)
 
 
 class Stage:

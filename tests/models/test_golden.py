@@ -147,10 +147,16 @@ def plain_modules(monkeypatch):
     def layer_norm(x, weight, bias, eps=1e-6):
         return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
-    def biased(q, k, v, bias, mask, scale):
-        if mask is not None:
-            bias = (bias + mask.to(bias.dtype)[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
-        return softmax_attention(q, k, v, bias.to(q.dtype), scale)
+    def windowed(x, bias, size, shift, scale):
+        (B, H, W, C), NH = x.shape, len(bias)
+        x = x.roll((-shift, -shift), (1, 2)).view(B, H // size, size, W // size, size, C).transpose(2, 3)
+        q, k, v = x.reshape(-1, size * size, 3, NH, C // 3 // NH).permute(2, 0, 3, 1, 4)
+        if shift:
+            mask = reference.shift_mask(H, W, size, shift).to(x.dtype)
+            bias = (bias + mask[:, None]).repeat(B, 1, 1, 1)
+        out = softmax_attention(q, k, v, bias.to(q.dtype), scale).transpose(1, 2)
+        out = out.reshape(B, H // size, W // size, size, size, C // 3).transpose(2, 3).reshape(B, H, W, C // 3)
+        return out.roll((shift, shift), (1, 2))
 
     stock = {
         "layer_norm_2d": layer_norm,
@@ -159,7 +165,7 @@ def plain_modules(monkeypatch):
         "attention": lambda q, k, v, scale=None: softmax_attention(q, k, v, 0, scale or q.shape[-1] ** -0.5),
         "neighborhood_attention_2d": neighborhood,
         "rms_norm_2d": rms,
-        "biased_attention": biased,
+        "window_attention": windowed,
     }
     with monkeypatch.context() as patch:
         for op, function in stock.items():

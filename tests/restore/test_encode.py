@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from lpmrf_fast.restore import encode as module
-from lpmrf_fast.restore.encode import encode, to_uint8, write_whole
+from lpmrf_fast.restore.encode import encode, write_whole
 from lpmrf_fast.restore.photo import Photo, PhotoError
 
 
@@ -43,10 +43,6 @@ def test_the_suffix_decides_the_format(tmp_path, photo, picture, name, kind, alp
         if alpha:
             assert np.array_equal(np.asarray(image.getchannel("A")), photo.alpha)
     assert os.listdir(tmp_path / "new") == [name]
-
-
-def test_floats_are_rounded_not_cut():
-    assert to_uint8(np.array([0.0, 0.4999 / 255, 0.5001 / 255, 254.6 / 255, 1.0])).tolist() == [0, 0, 1, 255, 255]
 
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import threading
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,30 @@ import pytest
 import torch
 from PIL import Image
 
-from lpmrf_fast.pipeline import LatentPMRFPipeline, NonFiniteError, Restoration
+from lpmrf_fast.engine import Restored
+from lpmrf_fast.pipeline import LatentPMRFPipeline, NonFiniteError
 from lpmrf_fast.restore import JobError, job, restore_files
 from lpmrf_fast.restore.job import photo_seed
 
 
 class Counting:
-    """A pipeline that records its batches; `trouble(images)` may raise before they run."""
+    """A pipeline whose engine records its batches; `trouble(photos)` may raise before they run."""
 
-    def __init__(self, pipe, trouble=lambda images: None):
+    def __init__(self, pipe, trouble=lambda photos: None):
         self.pipe, self.trouble, self.batches = pipe, trouble, []
         self.device, self.padded_size = pipe.device, pipe.padded_size
 
-    def __call__(self, images, *args, **options):
-        self.batches.append([image.shape[:2] for image in images])
-        self.trouble(images)
-        return self.pipe(images, *args, **options)
+    def engine(self, **options):
+        engine = self.pipe.engine(**options)
+        compute = engine._compute
+
+        def counted(plan, photos, *rest):
+            self.batches.append([tuple(photo.shape[1:]) for photo in photos])
+            self.trouble(photos)
+            return compute(plan, photos, *rest)
+
+        engine._compute = counted
+        return engine
 
 
 @pytest.fixture
@@ -148,17 +157,28 @@ def test_few_photos_are_held_in_memory_when_every_size_is_another(photos, pictur
         def padded_size(self, height, width):
             return height, width
 
-        def __call__(self, images, *_, **options):
+        def engine(self, batch_size, **_):
+            self.batch_size = batch_size
+            return self
+
+        def limit(self, height, width):
+            return self.batch_size
+
+        def submit(self, images, *_):
             held.append(len(decoded) - len(list(Path("out").rglob("*.png"))))
-            floats = [image / np.float32(255) for image in images]
-            return Restoration(floats, floats)
+            future = Future()
+            future.set_result(Restored(images, images, torch.ones(len(images), dtype=torch.bool)))
+            return future
+
+        def close(self, cancel):
+            pass
 
     decode = job.decode
     decoded, held = [], []
     monkeypatch.setattr(job, "decode", lambda path, limit: (decoded.append(path), decode(path, limit))[1])
     assert restore(Echo(), batch_size=2).restored == 63
-    # decoded ahead, waiting for company, in the pipeline, being written
-    assert max(held) <= (4 + 2) + job.WINDOW * 2 + 2 + (4 + 2)
+    # decoded ahead, waiting for company, in the engine, being written
+    assert max(held) <= (4 + 2) + job.WINDOW * 2 + (job.AHEAD + 1) * 2 + (4 + 2)
 
 
 # ---- again
@@ -193,16 +213,18 @@ def test_a_missing_posterior_mean_is_made(pipe, photos):
     assert restore(pipe, posterior_mean=True).skipped == 3
 
 
-def test_an_interrupted_job_leaves_whole_files_and_goes_on(pipe, photos):
-    restored = []
+def test_an_interrupted_job_leaves_whole_files_and_goes_on(pipe, photos, monkeypatch):
+    submit, submitted = job.Runner.submit, []
 
-    def interrupt(images):
-        if restored:
+    def interrupt(self, works):
+        submitted.append(len(works))
+        if len(submitted) == 2:
             raise KeyboardInterrupt
-        restored.append(len(images))
+        return submit(self, works)
 
-    with pytest.raises(KeyboardInterrupt):
-        restore(Counting(pipe, interrupt))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(job.Runner, "submit", interrupt)
+        restore(pipe)
     assert files() in (["a.png", "manifest.jsonl"], ["manifest.jsonl"])  # the write of a.png may not have begun
     assert not [name for name in os.listdir("out") if name.endswith(".part")]
     assert not [t.name for t in threading.enumerate() if "lpmrf" in t.name]
@@ -306,7 +328,7 @@ def test_a_photo_that_is_too_large_for_memory_fails_alone(pipe, photos, picture,
     picture(size=(128, 64)).save(photos / "large.png")
 
     def trouble(images):
-        if images[0].shape[1] == 128:
+        if images[0].shape[2] == 128:
             raise error
 
     report = restore(Counting(pipe, trouble), batch_size=2)
@@ -320,7 +342,7 @@ def test_an_error_of_one_photo_does_not_fail_its_batch(pipe, photos):
     wrong = pixels(photos / "b.png")
 
     def trouble(images):
-        if any(np.array_equal(image, wrong) for image in images):
+        if any(np.array_equal(image.permute(1, 2, 0), wrong) for image in images):
             raise RuntimeError("some kernel\nfailed")
 
     report = restore(Counting(pipe, trouble), batch_size=3)

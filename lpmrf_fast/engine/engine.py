@@ -1,0 +1,456 @@
+"""The engine: degraded pixels in, restored pixels out, as one replay a batch on a GPU."""
+
+import logging
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lpmrf_kernels import registry, use_backend
+
+from .. import flow
+from .count import Estimate, estimate
+from .graphs import Captured, CudaDevice, Graphs, algorithms
+from .memory import Room, free_memory, give_back, is_out_of_memory, parse_bytes
+from .plan import MODES, Plan, bucket, resolved_backends
+from .prepare import Prepared
+from .region import Buffers, Region, Segment
+from .staging import CudaLane, HostLane, Job, Statistics, Worker
+from .tiles import Box, blended, boxes, fill, tile_seed
+
+log = logging.getLogger("lpmrf_fast.engine")
+BUCKETS = 16
+"""Buckets whose buffers are kept, least recently used ones go first."""
+GPU_BATCH = 32
+RESERVE = 0.9
+"""Share of the free memory that batches are planned for."""
+
+
+class OutOfMemory(RuntimeError):
+    """Memory that does not hold one photo, or one tile of it; one line."""
+
+
+@dataclass
+class Restored:
+    """What an engine makes of a batch, in its order: (N, 3, H, W) uint8 tensors; for a list, and for views, lists of
+    (3, H, W)."""
+
+    images: Tensor | list[Tensor]
+    posterior_means: Tensor | list[Tensor]
+    finite: Tensor
+    """(N,) bool: False for a photo whose result is NaN or infinite; its pixels are worth nothing."""
+
+    @property
+    def failed(self) -> list[int]:
+        return [i for i, good in enumerate(self.finite.tolist()) if not good]
+
+
+@dataclass
+class Bucket:
+    """What an engine holds for a plan."""
+
+    buffers: Buffers
+    segments: list[Segment]
+    uses: int = 0
+
+
+class Engine:
+    """A pipeline made fast: batches of uint8 photos of any size, on the device and in the dtypes of its networks.
+
+    pipeline: a LatentPMRFPipeline or PMRFPipeline; its weights are shared, not copied. Moving or casting it later
+        leaves the engine as it is; new weights copied into it (or `load_state_dict` here) take effect.
+    batch_size: photos of one padded size that run together at most. None: on a GPU as many as memory holds, up to 32;
+        1 on a CPU, where more gain nothing. Batches are padded to powers of two.
+    max_memory: bytes, or text such as "8GB", that weights, activations and graphs may take; None: what is free.
+    mode: see `plan.MODES`; None: "graph" on a GPU, "eager" on a CPU.
+    deterministic: one padded batch size for all and fixed algorithms, so that a photo's bits do not depend on its
+        company.
+    strict: a graph that cannot be captured raises CaptureError in place of running eagerly; None: as LPMRF_STRICT says.
+    compile: names of networks to put through torch.compile.
+    waiting: batches that `submit` queues before it makes the caller wait.
+    capturer: what captures graphs, in place of CUDA; for tests.
+
+    A bucket (padded batch, exact padded height and width, steps) runs eagerly the first time, which warms it up, and
+    is captured the second time; `warm_up` does both at once. All methods may be called from any thread; on a GPU,
+    `restore` works on the caller's current stream. Close it, or use it in a `with`.
+    """
+
+    def __init__(
+        self,
+        pipeline,
+        *,
+        batch_size: int | None = None,
+        max_memory: int | str | None = None,
+        mode: str | None = None,
+        deterministic: bool = False,
+        strict: bool | None = None,
+        compile: Iterable[str] = (),
+        waiting: int = 2,
+        capturer=None,
+    ):
+        for name, value in (("batch_size", batch_size), ("waiting", waiting)):
+            if value is not None and (not isinstance(value, int) or value < 1):
+                raise ValueError(f"Engine: {name} must be an int of at least 1, got {value!r}")
+        self.device = torch.device(pipeline.device)
+        if self.device.type == "cuda":
+            self.device = torch.device("cuda", self.device.index or 0)
+            capturer = capturer or CudaDevice(self.device)
+        self.mode = mode or ("graph" if capturer else "eager")
+        if self.mode not in MODES:
+            raise ValueError(f"Engine: mode must be one of {', '.join(MODES)}, got {mode!r}")
+        if self.mode == "graph" and not capturer:
+            raise ValueError(f"Engine: mode 'graph' needs a CUDA device, these networks are on {self.device}")
+        self.deterministic, self.max_memory = deterministic, max_memory and parse_bytes(max_memory)
+        self.batch_size = batch_size
+        self._prepared = Prepared(pipeline, compile)
+        self.stages = self._prepared.stages
+        self._forced = registry.forced_backend()
+        self._backends = resolved_backends(self.device, self._forced)
+        self._region = Region(self.stages)
+        strict = registry.strict() if strict is None else strict
+        budget = self.max_memory and max(1, self.max_memory - self.weight_bytes)
+        self._graphs = Graphs(capturer, budget, strict) if capturer and self.mode != "eager" else None
+        self._buckets: OrderedDict[Plan, Bucket] = OrderedDict()
+        self._room: Room | None = None
+        self._waiting = waiting
+        self._worker: Worker | None = None
+        self._closed = False
+        self._lock = threading.RLock()
+        self._last_use = None
+        """Event behind the last use of the static buffers: streams follow one another by it."""
+
+    def __repr__(self) -> str:
+        held = len(self._graphs.plans) if self._graphs else 0
+        return f"Engine({type(self.stages).__name__}, {self.device}, mode={self.mode}, {held} graphs)"
+
+    # ---- restoring
+
+    def restore(
+        self,
+        images: Tensor | Sequence[Tensor],
+        num_inference_steps: int = 25,
+        seeds: int | Sequence[int] = 0,
+        view: bool = False,
+    ) -> Restored:
+        """Restore a batch in the calling thread, on its current stream.
+
+        images: (N, 3, H, W) uint8, or a list of (3, H, W) whose sizes may differ, on any device; the results are on the
+        same one. seeds: one int for every photo alike, or one a photo. view: the results are views of the bucket's
+        static buffers, on the engine's device, good until its next batch; they must fit into one.
+        """
+        job = self._job(images, num_inference_steps, seeds, view)
+        device = self.device if view else images[0].device
+
+        def keep(results):
+            return results if view else [t.clone() if t.device == device else t.to(device) for t in results]
+
+        while job.left:
+            plan = None
+            try:
+                plan, count = self._choose(job)
+                if view and count < len(job.rows):
+                    raise ValueError(f"a view holds one batch, here {count} photos of one size, got {len(job.rows)}")
+                results = self._compute(plan, *job.take(count), job.steps, keep)
+            except Exception as error:
+                if self._retreat(plan, error) == "tiles":
+                    job.begin()
+            else:
+                job.started += count
+                job.landed(*results)
+        return job.finish(job.done)
+
+    def submit(
+        self, images: Tensor | Sequence[Tensor], num_inference_steps: int = 25, seeds: int | Sequence[int] = 0
+    ) -> "Future[Restored]":
+        """Queue a batch in the CPU's memory for the engine's own thread; results are in the CPU's memory too.
+
+        While one batch runs, the next is copied in and the last is copied out. Waits while the queue is full. Arguments
+        as for `restore`, errors of the restoration are the future's.
+        """
+        job = self._job(images, num_inference_steps, seeds)
+        if any(photo.device.type != "cpu" for photo, _ in job.rows):
+            raise ValueError("Engine.submit takes photos in the CPU's memory; call restore for those on a device")
+        with self._lock:
+            if self._closed:
+                raise RuntimeError("this engine is closed; make another one")
+            if self._worker is None:
+                lane = CudaLane(self._compute, self.device) if self.device.type == "cuda" else HostLane(self._compute)
+                self._worker = Worker(lane, self._choose, self._retreat, self._waiting)
+            worker = self._worker
+        worker.put(job)
+        return job.future
+
+    def warm_up(self, height: int, width: int, batch: int | None = None, num_inference_steps: int = 25) -> Plan:
+        """Run a bucket on black pixels and capture it now; the plan. Raises as restoring does."""
+        batch = batch or max(1, self.limit(height, width))
+        plan = self.plan(height, width, batch, num_inference_steps)
+        for _ in range(2):
+            self._compute(plan, [], [], num_inference_steps, lambda results: None)
+        return plan
+
+    def close(self, cancel: bool = False) -> None:
+        """Finish what was submitted (cancel: only what has begun), end the thread, free graphs and buffers."""
+        with self._lock:
+            self._closed, worker = True, self._worker
+        if worker is not None:
+            worker.close(cancel)
+        self._free()
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, kind, *exception) -> None:
+        self.close(cancel=kind is not None)
+
+    # ---- plans and memory
+
+    def plan(self, height: int, width: int, batch: int = 1, num_inference_steps: int = 25) -> Plan:
+        """How `batch` photos of a size would run together, in one bucket."""
+        flow.time_grid(num_inference_steps)
+        H, W = self.stages.padded_size(height, width)
+        limit = max(batch, self.limit(H, W))
+        return Plan(
+            batch=limit if self.deterministic else bucket(batch, limit),
+            height=H,
+            width=W,
+            steps=None if self.mode == "step" else int(num_inference_steps),
+            device=str(self.device),
+            dtypes=dtypes(self.stages),
+            mode=self.mode,
+            deterministic=self.deterministic,
+            backends=self._backends,
+        )
+
+    def estimate(self, plan: Plan) -> Estimate:
+        """The plan's predicted FLOPs, bytes and memory, stage by stage."""
+        return estimate(self.stages, plan)
+
+    def limit(self, height: int, width: int) -> int:
+        """How many photos of a size run together; 0: one is cut into tiles."""
+        return self._memory().limit(*self.stages.padded_size(height, width))
+
+    @property
+    def weight_bytes(self) -> int:
+        networks = self._prepared.networks
+        return sum(t.nbytes for t in (*networks.parameters(), *networks.buffers()))
+
+    def _memory(self) -> Room:
+        with self._lock:
+            if self._room is None:
+                gpu, budget, per_pixel = self.device.type == "cuda", None, None
+                if self.max_memory:
+                    budget = max(1, self.max_memory - self.weight_bytes)
+                elif gpu and self.batch_size is None and not self.deterministic:  # which must not depend on the moment
+                    budget = int(RESERVE * free_memory(self.device))
+                if budget is not None:
+                    H, W = self.stages.padded_size(512, 512)
+                    plan = Plan(1, H, W, 1, str(self.device), dtypes(self.stages))
+                    per_pixel = estimate(self.stages, plan).peak / plan.pixels
+                batch_size = self.batch_size or (GPU_BATCH if gpu else 1)
+                self._room = Room(batch_size, self.stages.padded_size, budget, per_pixel)
+            return self._room
+
+    # ---- weights
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """All weights under their official names, with the network's name in front."""
+        return self._prepared.state_dict()
+
+    def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
+        """Copy new weights in place: captured graphs use them, and what is derived from them is made again.
+
+        Raises CheckpointError, a ValueError, for weights of another architecture.
+        """
+        with self._lock, self._in_turn():
+            self._prepared.load_state_dict(tensors)
+
+    # ---- what happened
+
+    @property
+    def statistics(self) -> Statistics:
+        """Of what was submitted."""
+        return self._worker.statistics if self._worker else Statistics()
+
+    @property
+    def captures(self) -> list[Captured]:
+        """Every graph capture so far: seconds, memory, nodes."""
+        return list(self._graphs.reports) if self._graphs else []
+
+    # ---- one bucket
+
+    @torch.no_grad()
+    def _compute(self, plan: Plan, rows: Tensor | Sequence[Tensor], seeds: Tensor | Sequence[int], steps: int, keep):
+        """Run a bucket on the current stream → keep((images, means, finite)), views of as many rows as there are."""
+        count = len(rows)
+        with self._lock, self._on_device(), self._in_turn(), use_backend(self._forced or "auto"):
+            held = self._bucket(plan)
+            buffers = held.buffers
+            self._prepared.changed()
+            buffers.set_grid(steps, self.stages.eps)
+            if isinstance(rows, Tensor):
+                buffers.pixels[:count].copy_(rows)
+            else:
+                fill(buffers.pixels, rows)
+            buffers.seeds[:count].copy_(torch.as_tensor(seeds, dtype=torch.int64))
+            self._run(plan, held, steps)
+            return keep([t[:count] for t in (buffers.images, buffers.means, buffers.finite)])
+
+    def _run(self, plan: Plan, held: Bucket, steps: int) -> None:
+        runs = [segment.run for segment in held.segments]
+        fixed = plan.deterministic and self.device.type == "cuda"
+        with algorithms(True) if fixed else nullcontext():
+            if self._graphs and held.uses:
+                captured = self._graphs.get(plan) or self._graphs.capture(plan, runs)
+                runs = captured.replays if captured else runs
+            for segment, run in zip(held.segments, runs):
+                for _ in range(steps if segment.repeats else 1):
+                    run()
+        held.uses += 1
+
+    def _bucket(self, plan: Plan) -> Bucket:
+        held = self._buckets.get(plan)
+        if held is None:
+            while len(self._buckets) >= BUCKETS:
+                self._synchronize()
+                old, _ = self._buckets.popitem(last=False)
+                if self._graphs:
+                    self._graphs.drop(old)
+            buffers = Buffers(plan, self.device, self.stages.state_dtype)
+            held = self._buckets[plan] = Bucket(buffers, self._region.segments(plan, buffers))
+        self._buckets.move_to_end(plan)
+        return held
+
+    def _on_device(self):
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+    def _in_turn(self):
+        return _InTurn(self) if self.device.type == "cuda" else nullcontext()
+
+    def _synchronize(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def _free(self) -> None:
+        with self._lock:
+            self._synchronize()
+            self._buckets.clear()
+            if self._graphs:
+                self._graphs.clear()
+            give_back(self.device)
+
+    # ---- jobs
+
+    def _job(self, images, steps, seeds, view: bool = False) -> Job:
+        if self._closed:
+            raise RuntimeError("this engine is closed; make another one")
+        flow.time_grid(steps)
+        photos = _photos(images)
+        seeds = _seeds(seeds, len(photos))
+
+        def cut():
+            rows, places = [], []
+            for photo, seed in zip(photos, seeds):
+                tiles = self._tiles(*photo.shape[-2:])
+                places.append(tiles)
+                rows += [(box.of(photo), tile_seed(seed, i)) for i, box in enumerate(tiles)]
+
+            def finish(done) -> Restored:
+                done, results = iter(done), []
+                for photo, tiles in zip(photos, places):
+                    *pictures, finite = zip(*(next(done) for _ in tiles))
+                    whole = (blended(parts, tiles, *photo.shape[-2:]) for parts in pictures)
+                    results.append((*whole, torch.stack(finite).all()))
+                pictures, means, finite = zip(*results)
+                if isinstance(images, Tensor) and not view:
+                    return Restored(torch.stack(pictures), torch.stack(means), torch.stack(finite))
+                return Restored(list(pictures), list(means), torch.stack(finite))
+
+            return rows, finish
+
+        return Job(cut, int(steps))
+
+    def _tiles(self, height: int, width: int) -> list[Box]:
+        return boxes(height, width, self._memory().tile(*self.stages.padded_size(height, width)))
+
+    def _choose(self, job: Job) -> tuple[Plan, int]:
+        """The plan of the next rows of a job, and how many they are."""
+        sizes = [self.stages.padded_size(*photo.shape[-2:]) for photo, _ in job.left[: self._memory().batch_size]]
+        count = next((i for i, size in enumerate(sizes) if size != sizes[0]), len(sizes))
+        count = min(count, max(1, self.limit(*sizes[0])))
+        return self.plan(*sizes[0], count, job.steps), count
+
+    def _retreat(self, plan: Plan | None, error: Exception) -> str:
+        """What to do about a batch that failed: "batch", it may be smaller now; "tiles", or its photos in tiles.
+
+        Raises where nothing helps.
+        """
+        if plan is None or not is_out_of_memory(error):
+            raise error
+        with self._lock:
+            self._free()
+            smaller = not self.deterministic and self._memory().shrink(plan.height, plan.width, plan.batch)
+        if not smaller:
+            raise OutOfMemory(
+                f"out of memory at {plan.width}x{plan.height} pixels{f', {plan.batch} at once' * (plan.batch > 1)}; use"
+                " a smaller picture, another device or more memory"
+            ) from error
+        log.info("out of memory: %s; trying less", str(plan).splitlines()[0])
+        return "batch" if plan.batch > 1 else "tiles"
+
+
+class _InTurn:
+    """The current stream waits for the last use of an engine's buffers, and marks its own."""
+
+    def __init__(self, engine: Engine):
+        self.engine = engine
+
+    def __enter__(self):
+        if self.engine._last_use is not None:
+            torch.cuda.current_stream(self.engine.device).wait_event(self.engine._last_use)
+
+    def __exit__(self, *exception):
+        event = torch.cuda.Event()
+        event.record(torch.cuda.current_stream(self.engine.device))
+        self.engine._last_use = event
+
+
+def dtypes(pipeline) -> tuple[tuple[str, str], ...]:
+    """Network → dtype of its parameters, as a plan writes it."""
+
+    def of(network):
+        dtype = next((p.dtype for p in network.parameters() if p.is_floating_point()), torch.float32)
+        return str(dtype).removeprefix("torch.")
+
+    return tuple((name, of(network)) for name, network in pipeline.modules.items())
+
+
+def _photos(images) -> list[Tensor]:
+    if isinstance(images, Tensor) and images.dim() != 4:
+        raise ValueError(f"images must be (N, 3, H, W) or a list of (3, H, W), got the shape {tuple(images.shape)}")
+    photos = list(images)
+    if not photos:
+        raise ValueError("there are no images; give at least one")
+    for i, photo in enumerate(photos):
+        if not isinstance(photo, Tensor) or photo.dtype != torch.uint8:
+            kind = photo.dtype if isinstance(photo, Tensor) else type(photo).__name__
+            raise TypeError(f"image {i}: an engine takes uint8 tensors, got {kind}; the pipeline itself takes others")
+        if photo.dim() != 3 or photo.shape[0] != 3 or photo.numel() == 0:
+            raise ValueError(f"image {i}: must be (3, H, W), RGB, with pixels, got the shape {tuple(photo.shape)}")
+    return photos
+
+
+def _seeds(seeds, count: int) -> list[int]:
+    if isinstance(seeds, Tensor):
+        seeds = seeds.tolist()
+    seeds = [seeds] * count if isinstance(seeds, int) else list(seeds)
+    if len(seeds) != count:
+        raise ValueError(f"seeds: {len(seeds)} seeds for {count} images; give one int, or one a photo")
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seeds must be ints of 64 bits, got {seed!r}")
+    return seeds

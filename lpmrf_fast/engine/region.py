@@ -1,0 +1,143 @@
+"""The captured region: degraded pixels to restored pixels as tensor operations only.
+
+Nothing in here reads a value back, waits, or touches the host: seeds and times are device tensors, and a step's Δt is
+a constant of the plan (or a device tensor too, where one captured step serves any number of them). Every operation
+keeps the photos of a batch apart, so that padding rows cannot touch their neighbours.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import lpmrf_kernels as ops
+
+from .. import flow
+from .plan import Plan
+
+MAX_STEPS = 1000
+"""Rows of the table of times in mode "step"."""
+
+
+class Buffers:
+    """A bucket's static tensors: a captured graph reads and writes these very addresses.
+
+    pixels (B, 3, H, W) uint8, channels-last: photos in. seeds (B,) int64.
+    images, means (B, 3, H, W) uint8, channels-last: restored photos and posterior means out. finite (B,) bool: False
+    where a value was NaN or infinite; that photo's pixels are then worth nothing.
+    times (K,), steps (K,): t and Δt of the Euler steps, in the state's dtype; row (1,) int64: the step that comes next,
+    and state: the flow's state between graphs, both for mode "step" only.
+    """
+
+    def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
+        def pixels():
+            shape = (plan.batch, plan.height, plan.width, 3)
+            return torch.zeros(shape, dtype=torch.uint8, device=device).permute(0, 3, 1, 2)
+
+        self.pixels, self.images, self.means = pixels(), pixels(), pixels()
+        self.seeds = torch.zeros(plan.batch, dtype=torch.int64, device=device)
+        self.finite = torch.zeros(plan.batch, dtype=torch.bool, device=device)
+        self.times = torch.zeros(plan.steps or MAX_STEPS, dtype=dtype, device=device)
+        self.steps = torch.zeros_like(self.times)
+        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.state: Tensor | None = None
+        self._grid = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
+
+    def set_grid(self, num_steps: int, eps: float) -> None:
+        """Write the knots of `num_steps` even steps, unless they are there."""
+        if self._grid != (num_steps, eps):
+            if num_steps > len(self.times):
+                raise ValueError(
+                    f'mode "step" takes at most {len(self.times)} steps, got {num_steps}; use mode "graph"'
+                )
+            knots = flow.time_grid(num_steps, eps)
+            for tensor, values in ((self.times, knots[:-1]), (self.steps, [b - a for a, b in zip(knots, knots[1:])])):
+                tensor[:num_steps].copy_(torch.tensor(values, dtype=tensor.dtype))
+            self._grid = (num_steps, eps)
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A part of the chain that is captured by itself."""
+
+    name: str
+    run: Callable[[], None]
+    repeats: bool = False
+    """Runs once an Euler step, not once."""
+
+
+class Region:
+    """The chain of a pipeline's stages, written into a bucket's buffers.
+
+    stages: a pipeline, or anything with its predict_mean, encode, add_noise, velocity_at, decode, state_dtype and eps.
+    mark(name): a context entered around each stage, for those who count.
+    """
+
+    def __init__(self, stages, mark: Callable = lambda name: nullcontext()):
+        self.stages, self.mark = stages, mark
+
+    def segments(self, plan: Plan, buffers: Buffers) -> list[Segment]:
+        """What to run, in order, for one restoration."""
+        if plan.steps is None:
+            return [
+                Segment("pixels to source", lambda: self._begin(buffers)),
+                Segment("one step", lambda: self._step(buffers), repeats=True),
+                Segment("state to pixels", lambda: self._finish(buffers, buffers.state)),
+            ]
+        return [Segment("pixels to pixels", lambda: self._whole(plan, buffers))]
+
+    def _whole(self, plan: Plan, buffers: Buffers) -> None:
+        z = self._source(buffers)
+        knots = flow.time_grid(plan.steps, self.stages.eps)
+        with self.mark("velocity"):
+            for k, (t, after) in enumerate(zip(knots, knots[1:])):
+                z = ops.euler_step(z, self.stages.velocity_at(z, buffers.times[k]), after - t)
+        self._finish(buffers, z)
+
+    def _begin(self, buffers: Buffers) -> None:
+        z = self._source(buffers)
+        if buffers.state is None:  # its shape is known by now; graphs are captured after a first run
+            buffers.state = torch.empty_like(z)
+        buffers.state.copy_(z)
+        buffers.row.zero_()
+
+    def _step(self, buffers: Buffers) -> None:
+        z = buffers.state
+        with self.mark("velocity"):
+            t, dt = (table.index_select(0, buffers.row) for table in (buffers.times, buffers.steps))
+            v = self.stages.velocity_at(z, t)
+            z.copy_(torch.addcmul(z, dt.view(1, 1, 1, 1), v.to(z.dtype)))
+            buffers.row.add_(1)
+
+    def _source(self, buffers: Buffers) -> Tensor:
+        stages, mark = self.stages, self.mark
+        with mark("from uint8"):
+            y = buffers.pixels.to(stages.state_dtype) / 255
+        with mark("posterior mean"):
+            mean = stages.predict_mean(y)
+        with mark("to uint8"):
+            finite = mean.isfinite().flatten(1).all(1)
+            buffers.finite.copy_(finite)
+            buffers.means.copy_(_levels(mean))
+        with mark("encode"):
+            z = stages.encode(mean)
+        with mark("source noise"):
+            return stages.add_noise(z, buffers.seeds)
+
+    def _finish(self, buffers: Buffers, z: Tensor) -> None:
+        with self.mark("decode"):
+            x = self.stages.decode(z)
+        with self.mark("to uint8"):
+            buffers.finite.logical_and_(x.isfinite().flatten(1).all(1))
+            buffers.images.copy_(_levels(x))
+
+
+def _levels(x: Tensor) -> Tensor:
+    """Floats about [0, 1] → 8-bit levels, rounded half to even; NaN is black."""
+    return (x.clamp(0, 1) * 255).round().nan_to_num(0.0).to(torch.uint8)
