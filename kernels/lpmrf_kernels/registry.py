@@ -62,6 +62,8 @@ class Op:
     notes: Mapping[str, str] = field(default_factory=dict)
     """"forward" and "backward" → why the reference, or plain PyTorch, is the only one there."""
     compile_cases: Callable[[], list[CompileCase]] = list
+    served: "Callable[[str, str], Served] | None" = None
+    """(direction, device) → its line of `backends()`, for an op that chooses for itself."""
 
     def __post_init__(self):
         assert "torch" in self.forward, f"{self.name} has no reference"
@@ -210,6 +212,8 @@ def backends(device: str | None = None) -> list[Served]:
 
 
 def _served(op: Op, direction: str, device: str) -> Served:
+    if op.served:
+        return op.served(direction, device)
     kernels = {"torch": None, **getattr(op, direction)}  # without a kernel, PyTorch computes it
     asked = forced_backend() if len(kernels) > 1 else None
     order = AUTOMATIC.get(device, ("torch",))

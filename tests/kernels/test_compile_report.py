@@ -17,6 +17,7 @@ def test_compiles_without_spilling(target):
     assert {result.op for result in results} == {
         "euler_step",
         "add_source_noise",
+        "attention",
         "neighborhood_attention_2d",
         "window_attention",
     }
