@@ -270,8 +270,32 @@ class Pipeline:
         return ops.add_source_noise(z, self.noise_std, seeds)
 
     def sample(self, z: Tensor, num_inference_steps: int = 25, callback_on_step_end=None) -> Tensor:
-        """Euler steps from the source z at t = eps to t = 1; the state is at least float32."""
-        return flow.sample(self.velocity_at, z, num_inference_steps, self.eps, callback_on_step_end)
+        """Euler steps from the source z at t = eps to t = 1; the state is at least float32.
+
+        What the velocity network knows from the times and the size alone is computed before the first step, where it
+        has a `prepare` (see `models.tables`).
+        """
+        times = flow.time_grid(num_inference_steps, self.eps)[:-1]
+        velocity = self.velocity_over(times, z)
+        return flow.sample(velocity, z, num_inference_steps, self.eps, callback_on_step_end)
+
+    def velocity_over(self, times: Sequence[float], z: Tensor) -> Callable[[Tensor, float], Tensor]:
+        """`velocity_at` for these times and states shaped like z, prepared for them where the network can be."""
+        network = self.velocity
+        if not hasattr(network, "prepare"):
+            return self.velocity_at
+        down = getattr(network, "time_runs_down", self.time_runs_down)
+        t = torch.tensor(times, dtype=z.dtype, device=z.device)
+        timed = getattr(network, "time_embed_dim", 0) is not None
+        tables = network.prepare((1 - t if down else t) if timed else None, *z.shape[-2:])
+        steps = {t: k for k, t in enumerate(times)}
+
+        def velocity(z: Tensor, t: float) -> Tensor:
+            z = z.to(_dtype_of(network), memory_format=torch.channels_last)
+            v = network(z, tables=tables, step=steps[t])
+            return -v if down else v
+
+        return velocity
 
     def restore(
         self,

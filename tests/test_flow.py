@@ -132,6 +132,8 @@ def test_times_are_reproducible_and_cover_the_path(mode):
     assert t.dtype == torch.float32 and t.shape == (4096,)
     assert 0 <= t.min() and t.max() < 1
     assert torch.equal(t, draw(4096, 0)) and not torch.equal(t, draw(4096, 1))
+    if mode == "logit-normal":
+        t = torch.special.ndtr(torch.logit(t))
     # Kolmogorov-Smirnov distance to the uniform distribution; 0.03 has a chance of 1e-3 for independent draws.
     distance = (t.sort().values - torch.arange(4096) / 4096).abs().max()
     assert distance < 0.03
@@ -146,6 +148,13 @@ def test_stratified_times_hit_each_interval_once(batch, seed):
     assert (t >= k / batch - 2**-24).all() and (t <= (k + 1) / batch + 2**-24).all() and t.max() < 1
 
 
+@pytest.mark.parametrize("parts", [1, 3])
+def test_parts_of_a_batch_share_its_intervals(parts):
+    generator = torch.Generator().manual_seed(0)
+    t = torch.cat([flow.sample_times(4, "stratified", generator, share=(k, parts)) for k in range(parts)])
+    assert (t * 4 * parts).floor().sort().values.tolist() == list(range(4 * parts))
+
+
 def test_no_time_rounds_up_to_one(monkeypatch):
     """(B - 1 + u) / B does in float32, for the largest u that torch.rand draws."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, 1 - 2**-24))
@@ -153,5 +162,5 @@ def test_no_time_rounds_up_to_one(monkeypatch):
 
 
 def test_unknown_time_sampling():
-    with pytest.raises(ValueError, match="uniform, stratified, got 'lognormal'"):
+    with pytest.raises(ValueError, match="uniform, stratified, logit-normal, got 'lognormal'"):
         flow.sample_times(4, "lognormal")

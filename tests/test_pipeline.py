@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import lpmrf_kernels
-from lpmrf_fast import models
+from lpmrf_fast import flow, models
 from lpmrf_fast import pipeline as module
+from lpmrf_fast.models.layers import AxialRoPE
 from lpmrf_fast.pipeline import (
     LatentPMRFPipeline,
     NonFiniteError,
@@ -54,7 +55,9 @@ class Towards(nn.Module):
 def seen_by(monkeypatch, pipe, name):
     """Records the arguments of a network of the pipeline."""
     calls, forward = [], getattr(pipe, name).forward
-    monkeypatch.setattr(getattr(pipe, name), "forward", lambda *args: calls.append(args) or forward(*args))
+    monkeypatch.setattr(
+        getattr(pipe, name), "forward", lambda *args, **known: calls.append(args) or forward(*args, **known)
+    )
     return calls
 
 
@@ -154,15 +157,17 @@ def test_a_velocity_network_says_which_way_its_time_runs(golden, pipe):
 def test_networks_run_in_their_dtype_and_the_state_in_float32(pipe, monkeypatch):
     pipe.to(dtype="bf16")
     seen = {name: seen_by(monkeypatch, pipe, name) for name in ("posterior_mean", "velocity")}
-    states = []
+    states, times = [], []
+    prepare = pipe.velocity.prepare
+    monkeypatch.setattr(pipe.velocity, "prepare", lambda sigmas, *size: times.append(sigmas) or prepare(sigmas, *size))
     pipe(photos((64, 64), (64, 64)), 3, callback_on_step_end=lambda k, t, z: states.append(z))
     assert {z.dtype for z in states} == {torch.float32}
     assert all(x.dtype == torch.bfloat16 for calls in seen.values() for x, *_ in calls)
     assert all(x.is_contiguous(memory_format=torch.channels_last) for calls in seen.values() for x, *_ in calls)
     # Times are not rounded to bfloat16: 1 - k/3 has more digits than it holds.
-    sigmas = torch.stack([sigma for _, sigma in seen["velocity"]])
+    (sigmas,) = times
     assert sigmas.dtype == torch.float32
-    torch.testing.assert_close(sigmas, 1 - torch.tensor([[0.0], [1 / 3], [2 / 3]]).expand(3, 2), rtol=0, atol=1e-7)
+    torch.testing.assert_close(sigmas, 1 - torch.tensor([0.0, 1 / 3, 2 / 3]), rtol=0, atol=1e-7)
     assert all(p.is_contiguous(memory_format=torch.channels_last) for p in pipe.vae.parameters() if p.dim() == 4)
 
 
@@ -464,6 +469,42 @@ def test_untimed_velocity(pipe, randomized):
     with torch.no_grad():
         assert torch.equal(pipe.velocity_at(z, 0.3), -untimed(z))
         assert torch.equal(pipe.velocity_at(z, 0.7), -untimed(z))
+
+
+@pytest.mark.parametrize("time_embed_dim", [None, "as it is"])
+def test_nothing_that_the_image_does_not_decide_is_computed_in_the_loop(pipe, randomized, monkeypatch, time_embed_dim):
+    """The prepared steps are those of velocity_at, and their tables are made once."""
+    if time_embed_dim is None:
+        pipe.velocity = randomized(models.LooUFormer(**{**pipe.velocity.config, "time_embed_dim": None}))
+    pipe.to(dtype=torch.float64)
+    z = torch.randn(2, 4, 8, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        expected = flow.sample(pipe.velocity_at, z, 5)
+        calls = []
+        for name in ("prepare", "time_condition"):
+            original = getattr(pipe.velocity, name)
+            monkeypatch.setattr(pipe.velocity, name, lambda *a, name=name, f=original: calls.append(name) or f(*a))
+        monkeypatch.setattr(AxialRoPE, "forward", counted(calls, AxialRoPE.forward))
+        torch.testing.assert_close(pipe.sample(z, 5), expected, rtol=1e-12, atol=1e-12)
+    blocks = sum(isinstance(module, AxialRoPE) for module in pipe.velocity.modules())
+    timed = ["time_condition"] if time_embed_dim else []
+    assert calls == ["prepare", *timed, *["rope"] * blocks]
+
+
+def counted(calls, forward):
+    return lambda self, pos: calls.append("rope") or forward(self, pos)
+
+
+def test_a_network_that_prepares_nothing_is_called_with_each_time():
+    asked = []
+
+    class Foreign(nn.Module):
+        def forward(self, x, t):
+            asked.append(t[0].item())
+            return torch.zeros_like(x)
+
+    PMRFPipeline(nn.Identity(), Foreign())(photos((8, 8)), 4)
+    assert asked == [0, 0.25, 0.5, 0.75]
 
 
 def test_times_may_differ_within_a_batch(pipe):

@@ -6,11 +6,15 @@
 from . import registry as _registry
 from .ada_rms_norm_2d import ada_rms_norm_2d
 from .add_source_noise import add_source_noise
+from .attention import attention, use_attention
+from .conv_epilogue import bias_residual, bias_silu
+from .dwconv_geglu import dwconv_geglu, geglu
+from .dwconv_rope_qkv import dwconv_rope_qkv
 from .euler_step import euler_step
 from .layer_norm_2d import layer_norm_2d
 from .neighborhood_attention_2d import neighborhood_attention_2d
 from .output_euler import output_euler
-from .reference import attention, group_norm_silu, source_noise
+from .reference import group_norm_silu, source_noise
 from .registry import backends, fallbacks, use_backend
 from .rms_norm_2d import rms_norm_2d
 from .uint8 import from_uint8, to_uint8
@@ -22,10 +26,15 @@ __all__ = [
     "add_source_noise",
     "attention",
     "backends",
+    "bias_residual",
+    "bias_silu",
+    "dwconv_geglu",
+    "dwconv_rope_qkv",
     "euler_step",
     "fallbacks",
     "fold_upsample_weight",
     "from_uint8",
+    "geglu",
     "group_norm_silu",
     "layer_norm_2d",
     "neighborhood_attention_2d",
@@ -34,11 +43,12 @@ __all__ = [
     "source_noise",
     "to_uint8",
     "upsample_conv",
+    "use_attention",
     "use_backend",
     "window_attention",
 ]
 
-for _op in (attention, group_norm_silu):
+for _op in (group_norm_silu,):
     _note = "its kernel is not written yet"
     _registry.register(
         _registry.Op(_op.__name__, {"torch": _registry.Kernel(_op)}, notes={"forward": _note, "backward": _note})

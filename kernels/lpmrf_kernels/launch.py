@@ -35,15 +35,16 @@ def launch_config(op: str, device: torch.device, default: dict[str, int], **size
         return _watch(op, default, sizes)
     if device.type != "cuda":
         return default
-    rows = [
-        row
-        for row in _table(torch.cuda.get_device_name(device)).get(op, [])
-        if row.keys() == sizes.keys() | default.keys()
-    ]
-    if not rows:
-        return default
-    nearest = min(rows, key=lambda row: sum(math.log(row[k] / max(n, 1)) ** 2 for k, n in sizes.items()))
-    return {key: nearest[key] for key in default}
+    keys = sizes.keys() | default.keys()
+    row = nearest_row(op, device, lambda row: row.keys() == keys, **sizes)
+    return {key: row[key] for key in default} if row else default
+
+
+def nearest_row(op: str, device: torch.device, takes_part=lambda row: True, **sizes: int) -> dict[str, int]:
+    """The row of this GPU's table for `op` that was measured nearest to these sizes; empty if there is none."""
+    rows = _table(torch.cuda.get_device_name(device)).get(op, [])
+    rows = [row for row in rows if row.keys() >= sizes.keys() and takes_part(row)]
+    return min(rows, key=lambda row: sum(math.log(row[k] / max(n, 1)) ** 2 for k, n in sizes.items()), default={})
 
 
 _watch = None

@@ -107,6 +107,70 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), x[..., 2 * r :]], dim=-1)
 
 
+def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Depthwise 3x3 convolution of (B, C, H, W) with zero padding, in x's dtype; weight (C, 1, 3, 3), bias (C,)."""
+    weight, bias = (None if p is None else p.to(x.dtype) for p in (weight, bias))
+    with torch.autocast(x.device.type, enabled=False):
+        return F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+
+
+def geglu(x: Tensor, dim: int = -1, gate_first: bool = False) -> Tensor:
+    """gelu(gate) · value, the two halves of `dim`; GELU is the exact one."""
+    first, second = x.chunk(2, dim=dim)
+    return F.gelu(first) * second if gate_first else first * F.gelu(second)
+
+
+def dwconv_geglu(
+    x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, gate_first: bool = True
+) -> Tensor:
+    """geglu over the channels of the depthwise convolution of x; without a weight, of x."""
+    return geglu(x if weight is None else depthwise_conv(x, weight, bias), 1, gate_first)
+
+
+def bias_silu(x: Tensor, bias: Tensor) -> Tensor:
+    """silu(x + bias) over (B, C, H, W) with bias (C,), the sum rounded once."""
+    return F.silu(x + _per_channel(bias, x))
+
+
+def bias_residual(x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+    """x + bias + residual over (B, C, H, W) with bias (C,)."""
+    return x + _per_channel(bias, x) + residual.to(x.dtype)
+
+
+def dwconv_rope_qkv(
+    qkv: Tensor,
+    num_heads: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    cos: Tensor | None = None,
+    sin: Tensor | None = None,
+    scale: Tensor | None = None,
+    eps: float = 1e-6,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k and v (B, H, W, heads, D) of qkv (B, 3 · heads · D, H, W), channels ordered (q|k|v, head, element).
+
+    After the depthwise convolution, where there is a weight, q and k are made as long as sqrt(scale) of their head,
+    where there is a scale (heads,), and rotated, where there are tables cos and sin (H, W, heads, D / 4).
+    """
+    h = qkv if weight is None else depthwise_conv(qkv, weight, bias)
+    q, k, v = h.permute(0, 2, 3, 1).unflatten(-1, (3, num_heads, -1)).unbind(3)
+    if scale is not None:
+        q, k = cosine_similarity_scale(q, scale, eps), cosine_similarity_scale(k, scale, eps)
+    if cos is not None:
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+    return q, k, v
+
+
+def cosine_similarity_scale(x: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """x · sqrt(scale) / sqrt(sum of x² + eps) over (..., heads, D) with scale (heads,).
+
+    Source: k-diffusion's scale_for_cosine_sim.
+    """
+    h = _upcast(x)
+    factor = scale.to(h.dtype)[:, None].sqrt() * torch.rsqrt(h.square().sum(dim=-1, keepdim=True) + eps)
+    return (h * factor).to(x.dtype)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
     """softmax(q kᵀ · scale) v over (B, heads, L, D); scale defaults to D**-0.5."""
     return F.scaled_dot_product_attention(q, k, v, scale=scale)

@@ -77,6 +77,8 @@ class Op:
     """Name given to `launch_config` → the choices that `tune` times in its place, each with the heuristic's keys."""
     tune_inputs: Callable[[torch.device], Iterable[tuple]] = lambda device: ()
     """Arguments of `torch.ops.lpmrf.<name>` at the pipeline's shapes; one that requires grad times the backward too."""
+    served: "Callable[[str, str], Served] | None" = None
+    """(direction, device) → its line of `backends()`, for an op that chooses for itself."""
 
     def __post_init__(self):
         assert "torch" in self.forward, f"{self.name} has no reference"
@@ -225,6 +227,8 @@ def backends(device: str | None = None) -> list[Served]:
 
 
 def _served(op: Op, direction: str, device: str) -> Served:
+    if op.served:
+        return op.served(direction, device)
     kernels = {"torch": None, **getattr(op, direction)}  # without a kernel, PyTorch computes it
     asked = forced_backend() if len(kernels) > 1 else None
     order = AUTOMATIC.get(device, ("torch",))

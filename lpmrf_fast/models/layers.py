@@ -16,6 +16,37 @@ def zero_(layer: nn.Module) -> nn.Module:
     return layer
 
 
+def pointwise(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """A 1x1 convolution of (B, C, H, W) as a matrix product over rows of channels, its bias added in the product.
+
+    The result is channels-last. On a CPU as fast as the convolution at 32x32 and above, up to 1.3 times faster below.
+    """
+    return nn.functional.linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
+
+
+def without_bias(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    return nn.functional.conv2d(x, conv.weight, None, conv.stride, conv.padding, conv.dilation, conv.groups)
+
+
+# On CUDA a convolution's bias is a pass of its own, so it goes into the pass that follows. On a CPU oneDNN adds it in
+# the convolution for 1 to 3 % of its time, and the pass that follows is no faster for having it.
+
+
+def conv_silu(conv: nn.Conv2d, x: Tensor) -> Tensor:
+    """SiLU(conv(x))."""
+    if not x.is_cuda:
+        return nn.functional.silu(conv(x))
+    return ops.bias_silu(without_bias(conv, x), conv.bias)
+
+
+def conv_residual(conv: nn.Conv2d, x: Tensor, residual: Tensor) -> Tensor:
+    """conv(x) + residual."""
+    if not x.is_cuda:
+        return conv(x) + residual
+    y = without_bias(conv, x)
+    return ops.bias_residual(y, conv.bias, residual.to(y.dtype))
+
+
 class KeepsFloat32(nn.Module):
     """A module whose buffers stay at least float32 when the model is cast: frequencies multiply large numbers."""
 
@@ -122,8 +153,7 @@ class MappingBlock(nn.Module):
         self.down_proj = zero_(nn.Linear(hidden, dim, bias=False))
 
     def forward(self, x: Tensor) -> Tensor:
-        value, gate = self.up_proj(self.norm(x)).chunk(2, dim=-1)
-        return x + self.down_proj(self.dropout(value * nn.functional.gelu(gate)))
+        return x + self.down_proj(self.dropout(ops.geglu(self.up_proj(self.norm(x)))))
 
 
 class MappingNetwork(nn.Module):

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lpmrf_kernels as ops
-from lpmrf_kernels import reference
 
 from .config import records_config
 from .layers import (
@@ -21,8 +20,10 @@ from .layers import (
     RMSNorm2d,
     axial_positions,
     coarser_positions,
+    pointwise,
     zero_,
 )
+from .tables import BlockTables, Tables
 
 
 def _preset(dims, layers, types, windows, time_dim, in_channels, patch=1) -> dict:
@@ -80,9 +81,10 @@ class ConvProject(nn.Module):
         self.conv = nn.Conv2d(in_dim, out_dim, 1, bias=bias and not dwconv)
         self.dwconv = nn.Conv2d(out_dim, out_dim, 3, padding=1, groups=out_dim, bias=bias) if dwconv else None
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
-        return x if self.dwconv is None else self.dwconv(x)
+    @property
+    def depthwise(self) -> tuple[Tensor | None, Tensor | None]:
+        """Weight and bias of the depthwise convolution, which the op that follows computes; None without one."""
+        return (None, None) if self.dwconv is None else (self.dwconv.weight, self.dwconv.bias)
 
 
 class Attention(nn.Module):
@@ -98,19 +100,16 @@ class Attention(nn.Module):
         self.pos_emb = AxialRoPE(head_dim, self.num_heads)
         self.out_proj = nn.Conv2d(dim, dim, 1, bias=bias)
 
-    def forward(self, x: Tensor, pos: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         B, C, H, W = x.shape
-        # Channels-last: the permuted view is contiguous, so heads are read in place.
-        qkv = self.qkv_proj(x).permute(0, 2, 3, 1).reshape(B, H, W, 3, self.num_heads, -1)
-        cos, sin = self.pos_emb(pos)
-        q, k, v = qkv.unbind(3)
-        q, k = reference.rope(q, cos, sin), reference.rope(k, cos, sin)
+        qkv = pointwise(self.qkv_proj.conv, x)
+        q, k, v = ops.dwconv_rope_qkv(qkv, self.num_heads, *self.qkv_proj.depthwise, cos, sin)
         if self.window_size is None:
             q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
             out = ops.attention(q, k, v).transpose(1, 2)
         else:
             out = ops.neighborhood_attention_2d(q, k, v, self.window_size)
-        return self.out_proj(out.reshape(B, H, W, C).permute(0, 3, 1, 2))
+        return pointwise(self.out_proj, out.reshape(B, H, W, C).permute(0, 3, 1, 2))
 
 
 class FeedForward(nn.Module):
@@ -123,11 +122,16 @@ class FeedForward(nn.Module):
         self.down_proj = nn.Conv2d(hidden, dim, 1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        a, b = self.project_in(x).chunk(2, dim=1)
-        return self.down_proj(F.gelu(a) * b)
+        h = ops.dwconv_geglu(pointwise(self.project_in.conv, x), *self.project_in.depthwise, gate_first=True)
+        return pointwise(self.down_proj, h)
 
 
 class Block(nn.Module):
+    """x + attn(norm1(x)), then x + ff(norm2(x)).
+
+    The second branch is handed on unadded: the norm that comes next adds it in its own pass.
+    """
+
     def __init__(self, dim, head_dim, window_size, mult, cond_dim, dwconv, bias, zero_init):
         super().__init__()
         self.attn = Attention(dim, head_dim, window_size, dwconv, bias)
@@ -138,16 +142,37 @@ class Block(nn.Module):
             zero_(self.attn.out_proj)
             zero_(self.ff.down_proj)
 
-    def forward(self, x: Tensor, pos: Tensor, cond: Tensor | None) -> Tensor:
-        x = x + self.attn(self.norm1(x, cond), pos)
-        return x + self.ff(self.norm2(x, cond))
+    def tables(self, pos: Tensor, cond: Tensor | None) -> BlockTables:
+        """What this block needs to know of the positions and of the condition (K, time_embed_dim) of K times."""
+        scales = () if cond is None else (self.norm1.linear(cond), self.norm2.linear(cond))
+        return BlockTables(*self.attn.pos_emb(pos), scales)
+
+    def forward(self, x: Tensor, branch: Tensor | None, tables: BlockTables) -> tuple[Tensor, Tensor]:
+        """(x, branch) of the block before, to be added, → (x, branch) of this one."""
+        scale1, scale2 = tables.scales or (None, None)
+        x, h = add_norm(self.norm1, x, branch, scale1)
+        x, h = add_norm(self.norm2, x, self.attn(h, tables.cos, tables.sin), scale2)
+        return x, self.ff(h)
+
+
+def add_norm(norm: AdaRMSNorm2d, x: Tensor, branch: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """x + branch, and its norm; scale (B, C) is the adaptive norm's, None that of the untimed one."""
+    if branch is None:
+        return x, norm(x, None) if scale is None else ops.ada_rms_norm_2d(x, scale, norm.eps)
+    if scale is None:
+        x = x + branch
+        return x, norm(x, None)
+    return ops.ada_rms_norm_2d(x, scale, norm.eps, residual=branch)
 
 
 class Level(nn.ModuleList):
-    def forward(self, x: Tensor, pos: Tensor, cond: Tensor | None) -> Tensor:
-        for block in self:
-            x = block(x, pos, cond)
-        return x
+    """Blocks at one resolution."""
+
+    def forward(self, x: Tensor, tables: list[BlockTables]) -> Tensor:
+        branch = None
+        for block, known in zip(self, tables):
+            x, branch = block(x, branch, known)
+        return x if branch is None else x + branch
 
 
 class PatchEmbed(nn.Module):
@@ -173,7 +198,7 @@ class TokenMerge(nn.Module):
         B, C, H, W = x.shape
         p, q = self.patch
         x = x.reshape(B, C, H // p, p, W // q, q).permute(0, 3, 5, 1, 2, 4)
-        return self.proj(x.reshape(B, p * q * C, H // p, W // q).contiguous(memory_format=torch.channels_last))
+        return pointwise(self.proj, x.reshape(B, p * q * C, H // p, W // q))
 
 
 class TokenSplit(nn.Module):
@@ -185,7 +210,7 @@ class TokenSplit(nn.Module):
         self.proj = nn.Conv2d(in_channels, out_channels * patch[0] * patch[1], 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.proj(x)
+        x = pointwise(self.proj, x)
         B, C, H, W = x.shape
         p, q = self.patch
         return x.reshape(B, p, q, C // (p * q), H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, -1, H * p, W * q)
@@ -238,6 +263,14 @@ class LooUFormer(nn.Module):
     "pixel_unshuffle+conv" or "conv+pixel_unshuffle"; patch_embed_type "conv" (patch_size unused) or "pixel_shuffle";
     time_embed_dim None: untimed, sigma must be None. mapping_dropout and scale are recorded and unused.
     H and W must be multiples of `multiple`, and every level at least its window, else ValueError.
+
+    Sampling. Time embedding, scales of the adaptive norms, positions and rotary tables depend on the times and the size
+    alone, so a sampler computes them once, before its loop:
+
+        tables = network.prepare(sigmas, height, width)      # all K times, any batch
+        velocity = network(x, tables=tables, step=k)         # in place of network(x, sigmas[k])
+
+    `forward` without tables makes the same ones for its own times; with them it differs by a matrix product's rounding.
     """
 
     time_runs_down = True
@@ -333,6 +366,7 @@ class LooUFormer(nn.Module):
         if zero_init_last_layer:
             zero_(self.proj_out.proj)
 
+        self.patch = patch
         coarsest = 2 ** len(finer)
         self.multiple = tuple(p * coarsest for p in patch)
         """Height and width must be multiples of these."""
@@ -345,27 +379,52 @@ class LooUFormer(nn.Module):
         embedding = self.time_proj(sigma).to(self.timestep_embedder.weight.dtype)
         return self.mapping(self.timestep_embedder(embedding))
 
-    def forward(self, x: Tensor, sigma: Tensor | float | None = None) -> Tensor:
-        self._check(x, sigma)
+    def prepare(self, sigmas: Tensor | list[float] | float | None, height: int, width: int) -> Tables:
+        """All that `forward` needs for these times (K,) and inputs of this height and width, whatever they contain.
+
+        sigmas: None for an untimed network. Raises ValueError for sizes that do not fit.
+        """
+        self._check(height, width, sigmas)
+        weight = self.proj_in.proj.weight
         cond = None
         if self.time_embed_dim is not None:
-            cond = self.time_condition(torch.as_tensor(sigma, device=x.device).reshape(-1))
-        x = self.proj_in(x)
+            cond = self.time_condition(torch.as_tensor(sigmas, device=weight.device).reshape(-1))
         # Angles need float32 even where the network runs in half precision.
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        pos = axial_positions(x.shape[-2], x.shape[-1], dtype, x.device)
-        passed = []
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        positions = [axial_positions(height // self.patch[0], width // self.patch[1], dtype, weight.device)]
+        for _ in self.downs:
+            positions.append(coarser_positions(positions[-1]))
+        levels = [*zip(self.down_blocks, positions), (self.mid_block, positions[-1])]
+        levels += reversed(list(zip(self.up_blocks, positions)))
+        return Tables((height, width), [[block.tables(pos, cond) for block in blocks] for blocks, pos in levels])
+
+    def forward(
+        self,
+        x: Tensor,
+        sigma: Tensor | float | None = None,
+        *,
+        tables: Tables | None = None,
+        step: int | None = None,
+    ) -> Tensor:
+        H, W = x.shape[-2:]
+        if tables is None:
+            tables = self.prepare(sigma, H, W)
+        elif tables.size != (H, W):
+            raise ValueError(f"LooUFormer: the tables are for inputs of {tables.size}, got {(H, W)}; prepare others")
+        levels = iter(tables.at(step, len(x)))
+        x = self.proj_in(x)
+        skips = []
         for blocks, down in zip(self.down_blocks, self.downs):
-            x = blocks(x, pos, cond)
-            passed.append((x, pos))
-            x, pos = down(x), coarser_positions(pos)
-        x = self.mid_block(x, pos, cond)
-        for blocks, up, (skip, pos) in reversed(list(zip(self.up_blocks, self.ups, passed))):
-            x = blocks(up(x, skip), pos, cond)
+            x = blocks(x, next(levels))
+            skips.append(x)
+            x = down(x)
+        x = self.mid_block(x, next(levels))
+        for blocks, up, skip in reversed(list(zip(self.up_blocks, self.ups, skips))):
+            x = blocks(up(x, skip), next(levels))
         return self.proj_out(self.out_norm(x))
 
-    def _check(self, x, sigma):
-        size = tuple(x.shape[-2:])
+    def _check(self, height, width, sigma):
+        size = (height, width)
         if any(s % m for s, m in zip(size, self.multiple)) or any(s < m for s, m in zip(size, self.minimum)):
             raise ValueError(
                 f"LooUFormer: height and width must be multiples of {self.multiple} and at least {self.minimum},"

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import lpmrf_kernels as ops
 
 from .config import records_config
-from .layers import GroupNorm, LayerNorm2d
+from .layers import GroupNorm, LayerNorm2d, conv_residual, conv_silu
 
 PRESETS = {
     name: dict(
@@ -42,8 +42,8 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm_pos == "pre_norm":
-            return x + self.conv2(nn.functional.silu(self.conv1(self.norm(x))))
-        return self.norm(x + self.conv2(nn.functional.silu(self.conv1(x))))
+            return conv_residual(self.conv2, conv_silu(self.conv1, self.norm(x)), x)
+        return self.norm(conv_residual(self.conv2, conv_silu(self.conv1, x), x))
 
 
 class Downsampler(nn.Module):

@@ -38,6 +38,8 @@ class Checkpoints:
                 f"{path}: cannot be written ({' '.join(str(error).split())[:120]}); make room and start again, the last"
                 f" good checkpoint is {last}"
             ) from error
+        for stale in self.folder.glob("checkpoint-*.part"):  # of a run that was killed while it saved
+            stale.unlink()
         for old in self.paths()[: -self.keep]:
             old.unlink()
             _digest_file(old).unlink(missing_ok=True)

@@ -122,6 +122,8 @@ class TrainConfig:
     """bf16 (autocast) or fp32."""
     compile: bool = False
     """Through torch.compile: minutes at the start, fewer milliseconds a step on a GPU."""
+    fsdp: bool = False
+    """Several processes share out parameters, gradients, optimiser and EMA (FSDP) where each would hold all (DDP)."""
     seed: int = 0
     device: str = "auto"
 
@@ -161,6 +163,8 @@ class TrainConfig:
             raise ConfigError('a flow from "noise" needs a condition ("degraded" or "posterior-mean"), others none')
         if self.lpips_weight and not self.lpips_weights:
             raise ConfigError("lpips_weight needs lpips_weights, a file with AlexNet's or VGG16's weights")
+        if self.fsdp and self.adversarial_weight:
+            raise ConfigError("fsdp and adversarial_weight do not go together: the critic balances one whole gradient")
         if self.crop is not None and self.crop > self.size:
             raise ConfigError(f"crop {self.crop} is larger than size {self.size}")
         if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1 or self.lr <= 0:

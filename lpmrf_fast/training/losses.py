@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..perceptual import read_state
+
 
 def kl_divergence(mean: Tensor, logvar: Tensor) -> Tensor:
     """KL(N(mean, exp(logvar)) || N(0, 1)), summed over the latent and averaged over the batch."""
@@ -21,7 +23,7 @@ class PerceptualLoss(nn.Module):
 
     def __init__(self, path: str):
         super().__init__()
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_state(path)
         modules, channels = [], 3
         for width in (64, 64, "M", 128, 128, "M", *(256,) * 4, "M", *(512,) * 4, "M", *(512,) * 4):
             if width == "M":

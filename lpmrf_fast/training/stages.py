@@ -235,7 +235,7 @@ class FlowStage(Stage):
         self.posterior_mean = None
         if self.starts_from == "posterior-mean":
             if config.posterior_mean is None:
-                raise ConfigError("flow: posterior_mean must name the folder of the trained posterior-mean network")
+                raise ConfigError("flow: posterior_mean must name the checkpoint of the posterior-mean network")
             self.posterior_mean = self._frozen(config.posterior_mean)
         self.vae = self._frozen(config.vae) if config.vae else None
         if config.crop is not None:

@@ -31,6 +31,7 @@ from .checkpoints import Checkpoints
 from .config import ConfigError, TrainConfig
 from .data import batches
 from .log import Log
+from .sharding import gathered, shard, share_out, whole
 from .stages import STAGES
 
 
@@ -101,6 +102,11 @@ class Trainer:
         self.model = self.stage.model
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.ema.requires_grad_(False)
+        state = self._read()
+        self.sharded = config.fsdp and self.processes > 1
+        if self.sharded:
+            for network in (self.model, self.ema.module):
+                shard(network, self.device, self.processes)
         trained = [p for p in self.model.parameters() if p.requires_grad]
         decayed = [p for p in trained if p.dim() > 1]
         others = [p for p in trained if p.dim() <= 1]
@@ -116,10 +122,11 @@ class Trainer:
             # Without momentum, as usual for critics: what it judges moves with every step.
             self.critic_optimizer = torch.optim.AdamW(self.stage.critic.parameters(), config.lr, betas=(0.0, 0.99))
         self.step, self.stopping = 0, False
-        self._resume()
+        if state is not None:
+            self._resume(state)
         if config.compile:
             self.stage.compile()
-        prepare = self.accelerator.prepare_model if self.processes > 1 else lambda module: module
+        prepare = self.accelerator.prepare_model if self.processes > 1 and not self.sharded else lambda module: module
         self.objective = prepare(Objective(self.model, lambda *args: self.stage.loss(*args)))
         if self.critic_optimizer:
             self.critic_objective = prepare(Objective(self.stage.critic, lambda: self.stage.critic_loss()))
@@ -127,23 +134,23 @@ class Trainer:
 
     # ---- checkpoints
 
-    def _resume(self):
+    def _read(self) -> dict | None:
+        """The last good checkpoint, its networks loaded: the rest waits for the optimisers."""
         state = self.checkpoints.load()
-        if state is None:
-            return
-        try:
-            _fits(state["model"], self.model)
-            self.model.load_state_dict(state["model"])
-            self.ema.load_state_dict(state["ema"])
-            self.optimizer.load_state_dict(state["optimizer"])
+        if state is not None:
+            with self._of_other_settings():
+                _fits(state["model"], self.model)
+                self.model.load_state_dict(state["model"])
+                self.ema.load_state_dict(state["ema"])
+                if self.stage.critic is not None:
+                    self.stage.critic.load_state_dict(state["critic"])
+        return state
+
+    def _resume(self, state: dict):
+        with self._of_other_settings():
+            self.optimizer.load_state_dict(share_out(state["optimizer"], self.optimizer))
             if self.critic_optimizer:
-                self.stage.critic.load_state_dict(state["critic"])
                 self.critic_optimizer.load_state_dict(state["critic_optimizer"])
-        except (ValueError, KeyError, RuntimeError) as error:
-            raise ConfigError(
-                f"{self.out}: its checkpoint is of other settings ({' '.join(str(error).split())[:200]}); give another"
-                " `out`, or the settings that it was started with"
-            ) from None
         self.step = state["step"]
         self.scheduler.last_epoch = self.step
         for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas):
@@ -151,28 +158,38 @@ class Trainer:
         if self.rank == 0:
             print(f"resuming {self.out} at step {self.step}", file=sys.stderr)
 
+    @contextlib.contextmanager
+    def _of_other_settings(self):
+        try:
+            yield
+        except (ValueError, KeyError, IndexError, RuntimeError) as error:
+            raise ConfigError(
+                f"{self.out}: its checkpoint is of other settings ({' '.join(str(error).split())[:200]}); give another"
+                " `out`, or the settings that it was started with"
+            ) from None
+
     def save(self):
         """Write `model/` and the checkpoint, each whole or not at all.
 
         In this order: a kill in between repeats some steps, and never leaves an old `model/` beside a finished run.
         """
-        if self.rank:
-            return
         state = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "model": gathered(self.model.state_dict()),
+            "ema": gathered(self.ema.state_dict()),
+            "optimizer": gathered(self.optimizer.state_dict()),
             "step": self.step,
         }
         if self.critic_optimizer:
             state["critic"] = self.stage.critic.state_dict()
             state["critic_optimizer"] = self.critic_optimizer.state_dict()
-        try:
-            save_model(self.out / "model", self.ema.module)
-        except CheckpointError as error:
-            last = next((p.name for p in reversed(self.checkpoints.paths())), "none")
-            raise OSError(f"{error}; make room and start again, the last good checkpoint is {last}") from error
-        self.checkpoints.save(state, self.step)
+        model = whole(self.ema.module)
+        if self.rank == 0:
+            try:
+                save_model(self.out / "model", model)
+            except CheckpointError as error:
+                last = next((p.name for p in reversed(self.checkpoints.paths())), "none")
+                raise OSError(f"{error}; make room and start again, the last good checkpoint is {last}") from error
+            self.checkpoints.save(state, self.step)
         self.saved = self.step
 
     # ---- the loop
@@ -189,7 +206,8 @@ class Trainer:
             return
         with self.accelerator.main_process_first():  # it computes the latent cache, the others read it
             data = self.stage.dataset(c.steps * c.batch_size)
-        validation = self.stage.validation() if self.rank == 0 else None
+        # Sharded, a network runs in all processes or in none.
+        validation = self.stage.validation() if self.rank == 0 or self.sharded else None
         self.saved = self.step
         clock = _Clock(self.step)
         with self._sigterm():
@@ -250,7 +268,7 @@ class Trainer:
                     (terms["critic"] / c.accumulate).backward()
             for key, value in terms.items():
                 sums[key] = sums.get(key, 0.0) + value.detach() / c.accumulate
-        sums["grad_norm"] = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
+        sums["grad_norm"] = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip))
         for optimizer in optimizers:
             optimizer.step()
         self.scheduler.step()
@@ -352,6 +370,8 @@ class Trainer:
         model = self.ema.module.eval()
         with self._autocast():
             scores, rows = self.stage.judge(model, clean.to(self.device), degraded.to(self.device))
+        if self.rank:
+            return
         self.log.write(self.step, **{f"val_{k}": v for k, v in scores.items()})
         print("  val  " + "  ".join(f"{k} {v:.3f}" for k, v in scores.items()), flush=True)
         grid = torch.cat([torch.cat(list(row[:6].cpu()), dim=-1) for row in rows], dim=-2)

@@ -73,6 +73,7 @@ def poisoned_memory():
 def automatic(monkeypatch):
     """The environment forces nothing, whatever the shell that runs the tests has set."""
     monkeypatch.delenv("LPMRF_BACKEND", raising=False)
+    monkeypatch.delenv("LPMRF_ATTENTION", raising=False)
     monkeypatch.delenv("LPMRF_STRICT", raising=False)
 
 

@@ -146,7 +146,8 @@ def test_backends_lists_every_op_both_ways():
     rows = {(row.op, row.direction) for row in backends("cpu")}
     assert rows == {(op, way) for op in registry.OPS for way in ("forward", "backward")}
     for row in backends("cpu") + backends("cuda"):
-        assert row.backend and set(row.why_not) == {"triton", "cpp", "torch"} - {row.backend}
+        if row.op != "attention":  # it has providers of its own
+            assert row.backend and set(row.why_not) == {"triton", "cpp", "torch"} - {row.backend}
         assert all(row.why_not.values())
 
 

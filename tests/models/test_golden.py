@@ -158,10 +158,30 @@ def plain_modules(monkeypatch):
         out = out.reshape(B, H // size, W // size, size, size, C // 3).transpose(2, 3).reshape(B, H, W, C // 3)
         return out.roll((shift, shift), (1, 2))
 
+    def depthwise(x, weight, bias):
+        return x if weight is None else F.conv2d(x, weight, bias, padding=1, groups=x.shape[1])
+
+    def gate(x, weight=None, bias=None, gate_first=True):
+        first, second = depthwise(x, weight, bias).chunk(2, dim=1)
+        return F.gelu(first) * second if gate_first else first * F.gelu(second)
+
+    def heads(qkv, num_heads, weight, bias, cos, sin):
+        qkv = depthwise(qkv, weight, bias).permute(0, 2, 3, 1)
+        q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
+        return reference.rope(q, cos, sin), reference.rope(k, cos, sin), v
+
+    def add_rms(x, scale, eps=1e-6, residual=None):
+        if residual is None:
+            return rms(x, 1 + scale, eps)
+        return x + residual, rms(x + residual, 1 + scale, eps)
+
     stock = {
+        "dwconv_geglu": gate,
+        "dwconv_rope_qkv": heads,
+        "geglu": lambda x: F.gelu(x.chunk(2, dim=-1)[1]) * x.chunk(2, dim=-1)[0],
         "layer_norm_2d": layer_norm,
         "group_norm_silu": lambda x, groups, weight, bias, eps, act: F.group_norm(x, groups, weight, bias, eps),
-        "ada_rms_norm_2d": lambda x, scale, eps=1e-6: rms(x, 1 + scale, eps),
+        "ada_rms_norm_2d": add_rms,
         "attention": lambda q, k, v, scale=None: softmax_attention(q, k, v, 0, scale or q.shape[-1] ** -0.5),
         "neighborhood_attention_2d": neighborhood,
         "rms_norm_2d": rms,

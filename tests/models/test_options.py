@@ -198,6 +198,39 @@ def test_loouformer_batches_do_not_mix(randomized, name):
     )
 
 
+@every_loouformer
+def test_loouformer_with_tables_is_the_same(randomized, name):
+    """forward of one time, and with tables of several: the same blocks, with scales out of one matrix product."""
+    network = randomized(loouformer(**LOOUFORMER_OPTIONS[name])).double()
+    x, sigma = randn(2, 2, 12, 20, dtype=torch.float64), times(network, 3)
+    tables = network.prepare(sigma, 12, 20)
+    for k in range(3):
+        expected = network(x, None if sigma is None else sigma[k])
+        torch.testing.assert_close(network(x, tables=tables, step=k), expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        one = network.float().prepare(None if sigma is None else [sigma[1]], 12, 20)
+        assert torch.equal(
+            network(x.float(), tables=one, step=0), network(x.float(), None if sigma is None else sigma[1])
+        )
+
+
+def test_tables_fit_their_size(randomized):
+    network = loouformer()
+    with pytest.raises(ValueError, match=r"the tables are for inputs of \(8, 8\), got \(8, 12\)"):
+        network(torch.zeros(1, 2, 8, 12), tables=network.prepare(0.5, 8, 8), step=0)
+    with pytest.raises(ValueError, match="must be multiples"):
+        network.prepare(0.5, 8, 9)
+    with pytest.raises(ValueError, match="sigma is missing"):
+        network.prepare(None, 8, 8)
+
+
+def test_loouformer_compiles_without_a_break(randomized):
+    network, x = randomized(loouformer()), randn(1, 2, 8, 8)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, torch.tensor([0.5])), network(x, 0.5), rtol=1e-5, atol=1e-5)
+
+
 def test_sigma_may_be_a_number(randomized):
     network = randomized(loouformer())
     x = randn(2, 2, 8, 8)

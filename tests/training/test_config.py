@@ -50,6 +50,14 @@ def test_pmrf_as_published():
         ("degradation=blind", "blind-face"),
         ("degradation={sigmas: [0, 1]}", "did you mean 'sigma'"),
         ("steps", "key=value"),
+        ("source=noise", "needs a condition"),
+        ("condition=degraded", "others none"),
+        ("source=clean", '"posterior-mean", "degraded", "noise"'),
+        ("time_sampling=lognormal", "logit-normal"),
+        ("schedule=step", "cosine"),
+        ("keep=0", "keep must be at least 1"),
+        ("lpips_weight=1.0", "needs lpips_weights"),
+        ("degradation={preset: esrgan}", "real-esrgan"),
     ],
 )
 def test_unusable_settings_are_one_clear_line(file, override, message):
@@ -64,6 +72,31 @@ def test_unusable_files_name_the_file(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match="bad.yaml"):
         load_config(path)
+
+
+def test_sim_vae_as_published():
+    for channels in (16, 32):
+        c = load_config(f"sim-vae-c{channels}")  # a preset's name does for its path
+        assert c.model == {"preset": f"sim-vae-c{channels}"} and (c.crop, c.batch_size, c.steps) == (256, 8, 150_000)
+        assert (c.lr, c.betas, c.weight_decay, c.grad_clip, c.ema_decay) == (1e-4, (0.9, 0.99), 1e-2, 1.0, 0.9999)
+        assert (c.kl_weight, c.perceptual_weight, c.precision) == (1e-6, 0.05, "fp32")
+        # timm's cosine: 1e-5 → 1e-4 in 500 steps, then half a period of 200,000 steps down to 1e-6.
+        rates = [c.lr * learning_rate(step, c) for step in (0, 499, 500, 100_500, 149_999)]
+        middle = 1e-6 + (1e-4 - 1e-6) / 2
+        assert rates[1:4] == pytest.approx([1e-4, 1e-4, middle]) and rates[0] == pytest.approx(1e-5, rel=0.02)
+        assert rates[4] < middle / 2 + 1e-6 < rates[3]
+
+
+def test_the_papers_ablations_are_presets():
+    naive, noise = load_config("flow-from-degraded"), load_config("flow-from-noise")
+    assert (naive.source, naive.condition) == ("degraded", None)
+    assert (noise.source, noise.condition, noise.model["in_channels"]) == ("noise", "degraded", 64)
+    assert load_config("latent-pmrf-flow").source == load_config("pmrf-flow").source == "posterior-mean"
+
+
+def test_degradations_start_from_presets(file):
+    assert load_config(file, ["degradation={preset: real-esrgan, q: [50, 60]}"]).ranges.q == (50, 60)
+    assert load_config(file, ["degradation={preset: gfpgan}"]).ranges.r == (0.8, 8.0)
 
 
 def test_missing_file(tmp_path):
