@@ -121,7 +121,8 @@ def test_the_backend_is_that_of_its_making(pipe, photos):
         fast = pipe.engine()
     before = lpmrf_kernels.fallbacks()
     with fast:
-        assert set(dict(fast.plan(64, 64).backends).values()) == {"torch"}
+        # attention's reference is PyTorch's own
+        assert set(dict(fast.plan(64, 64).backends).values()) == {"torch", "sdpa"}
         fast.submit(photos((64, 64)), 1).result(60)
     assert lpmrf_kernels.fallbacks() == before
 
