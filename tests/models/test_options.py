@@ -224,6 +224,20 @@ def test_tables_fit_their_size(randomized):
         network.prepare(None, 8, 8)
 
 
+def test_loouformer_trains_under_autocast(randomized):
+    """Activations are bfloat16, parameters and their gradients float32, near those without autocast."""
+    network, x, gradients = randomized(loouformer()), randn(2, 2, 8, 8), []
+    for enabled in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            v = network(x, torch.tensor([0.3, 0.9]))
+        assert v.dtype == (torch.bfloat16 if enabled else torch.float32)
+        v.float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 for p in network.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
+
+
 def test_loouformer_compiles_without_a_break(randomized):
     network, x = randomized(loouformer()), randn(1, 2, 8, 8)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
