@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("cv2")
+cv2 = pytest.importorskip("cv2")
 from lpmrf_fast.training.data import Faces, batches, find_images
 from lpmrf_fast.training.degradation import PRESETS
 
@@ -68,6 +68,12 @@ def test_a_resumed_loader_continues_where_it_stopped(faces, workers):
     rest = [b[1] for b in batches(make(faces), 3, workers, first=4)]
     assert len(whole) == 6 and len(rest) == 2
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest))
+
+
+def test_workers_start_after_opencv_used_threads(faces):
+    cv2.setNumThreads(2)
+    cv2.GaussianBlur(np.zeros((2000, 2000, 3), np.uint8), (31, 31), 5)
+    assert len(list(batches(make(faces, 4), 2, 1))) == 2
 
 
 def test_the_last_incomplete_batch_is_kept_on_request(faces):
