@@ -40,6 +40,8 @@ RECOMPUTED = ("attn_mask", "relative_position_index")
 """Last components of the names of SwinIR's masks and index tables: 25 MB of a published file, zero information."""
 CLASS_NAMES = {"AutoencoderKLSim": "SimVAE"}
 """Class names of published configs → ours; ours stand for themselves."""
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Layers of AutoencoderKL's attention in older published files → their names now."""
 
 
 class CheckpointError(ValueError):
@@ -262,6 +264,7 @@ def _build(where: str, entry) -> nn.Module:
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], where, keep_dtype: bool = False) -> None:
     """Copy tensors into the network, strictly by name and shape."""
     wanted = network.state_dict()
+    tensors = {_renamed(name, wanted): tensor for name, tensor in tensors.items()}
     optional = {name for name, _ in network.named_buffers() if name.split(".")[-1] in RECOMPUTED}
     reports = {
         "missing": wanted.keys() - tensors.keys() - optional,
@@ -278,6 +281,14 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], where, keep_dtype: 
     if not keep_dtype and any(t.dtype == torch.float64 for t in tensors.values()):
         network.double()
     network.load_state_dict(dict(tensors), strict=False)  # strict but for `optional`, see above
+
+
+def _renamed(name: str, wanted: Mapping[str, Tensor]) -> str:
+    """What the network calls the tensor `name` of a file: its newer name where that is wanted and this is not."""
+    layer, _, parameter = name.rpartition(".")
+    parent, _, last = layer.rpartition(".")
+    newer = f"{parent}.{RENAMED.get(last, last)}.{parameter}"
+    return newer if name not in wanted and newer in wanted else name
 
 
 def _few(names: Iterable[str], limit: int = 3) -> str:

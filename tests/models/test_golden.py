@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import lpmrf_kernels
-from lpmrf_fast.models import LooUFormer, SimVAE, SwinIR
+from lpmrf_fast.models import AutoencoderKL, LooUFormer, SimVAE, SwinIR
 from lpmrf_kernels import reference
 
 
-def sim_vae(network, x, z):
+def vae(network, x, z):
     moments = network.encode(x)
     mode, logvar = moments.chunk(2, dim=1)
     return {
@@ -33,8 +33,9 @@ def loouformer(network, x, sigma):
 
 
 CASES = {
-    "sim_vae_layer_norm": (SimVAE, sim_vae),
-    "sim_vae_group_norm": (SimVAE, sim_vae),
+    "sim_vae_layer_norm": (SimVAE, vae),
+    "sim_vae_group_norm": (SimVAE, vae),
+    "sd_vae": (AutoencoderKL, vae),
     "swinir": (SwinIR, swinir),
     "loouformer_global": (LooUFormer, loouformer),
     "loouformer_neighborhood": (LooUFormer, loouformer),
@@ -121,6 +122,10 @@ def plain_modules(monkeypatch):
     def layer_norm(x, weight, bias, eps=1e-6):
         return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
+    def group_norm(x, groups, weight, bias, eps, act):
+        y = F.group_norm(x, groups, weight, bias, eps)
+        return F.silu(y) if act == "silu" else y
+
     def biased(q, k, v, bias, mask, scale):
         if mask is not None:
             bias = (bias + mask.to(bias.dtype)[:, None]).repeat(len(q) // len(mask), 1, 1, 1)
@@ -128,7 +133,7 @@ def plain_modules(monkeypatch):
 
     stock = {
         "layer_norm_2d": layer_norm,
-        "group_norm_silu": lambda x, groups, weight, bias, eps, act: F.group_norm(x, groups, weight, bias, eps),
+        "group_norm_silu": group_norm,
         "ada_rms_norm_2d": lambda x, scale, eps=1e-6: rms(x, 1 + scale, eps),
         "attention": lambda q, k, v: softmax_attention(q, k, v, 0, q.shape[-1] ** -0.5),
         "neighborhood_attention_2d": neighborhood,
