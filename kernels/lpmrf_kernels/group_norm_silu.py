@@ -448,7 +448,7 @@ def _torch_group_norm_silu_backward(x, g, mean, rstd, num_groups, weight, bias, 
 def _outputs(x: Tensor, num_groups: int) -> tuple[Tensor, Tensor, Tensor]:
     """y, and mean and rstd of the groups (B, G), zero for photos without pixels."""
     make = x.new_empty if x.numel() else x.new_zeros
-    return torch.empty_like(x), *(make((len(x), num_groups), dtype=statistics_dtype(x)) for _ in range(2))
+    return torch.empty_like(x), *(make((x.shape[0], num_groups), dtype=statistics_dtype(x)) for _ in range(2))
 
 
 def _stride(p: Tensor | None) -> int:
@@ -561,7 +561,7 @@ def _group_norm_silu(
 
 @_group_norm_silu.register_fake
 def _(x, num_groups, weight, bias, eps, act):
-    return torch.empty_like(x), *(x.new_empty((len(x), num_groups), dtype=statistics_dtype(x)) for _ in range(2))
+    return torch.empty_like(x), *(x.new_empty((x.shape[0], num_groups), dtype=statistics_dtype(x)) for _ in range(2))
 
 
 @torch.library.custom_op("lpmrf::group_norm_silu_backward", mutates_args=())

@@ -304,7 +304,7 @@ def _outputs(x: Tensor, residual: Tensor | None) -> list[Tensor]:
 def _gradients(x: Tensor, parts: int, weight_grad: bool, bias_grad: bool):
     """dx, and room for `parts` partial sums a photo of weight's and bias's gradients (B, parts, C), where asked for."""
     make = x.new_empty if x.numel() else x.new_zeros
-    partial = lambda asked: make((len(x), parts, x.shape[1]), dtype=torch.float32) if asked else None
+    partial = lambda asked: make((x.shape[0], parts, x.shape[1]), dtype=torch.float32) if asked else None
     return torch.empty_like(x), partial(weight_grad), partial(bias_grad)
 
 
