@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-cv2 = pytest.importorskip("cv2")
+pytest.importorskip("cv2")
 from lpmrf_fast.training.data import Faces, batches, find_images
 from lpmrf_fast.training.degradation import PRESETS
 
@@ -71,6 +71,8 @@ def test_a_resumed_loader_continues_where_it_stopped(faces, workers):
 
 
 def test_opencv_has_no_threads_left_when_workers_are_forked(faces):
+    import cv2
+
     cv2.setNumThreads(4)
     assert len(list(batches(make(faces, 4), 2, 1))) == 2
     assert cv2.getNumThreads() == 1
