@@ -99,7 +99,9 @@ def _compile(op: str, label: str, target: str) -> Compiled:
 
     case = next(case for case in OPS[op].compile_cases() if case.label == label)
     signature = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
-    source = ASTSource(case.kernel, {name: signature[name] for name in case.kernel.arg_names}, dict(case.constexprs))
+    names = case.kernel.arg_names
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in case.aligned}
+    source = ASTSource(case.kernel, {name: signature[name] for name in names}, dict(case.constexprs), attributes)
     gpu = GPUTarget("cuda", int(target[3:]), 32) if target.startswith("sm_") else GPUTarget("hip", target, 64)
     try:
         kernel = compile(source, target=gpu, options={"num_warps": case.num_warps})

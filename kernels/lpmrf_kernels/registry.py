@@ -50,6 +50,8 @@ class CompileCase:
     signature: Mapping[str, str]
     constexprs: Mapping[str, Any]
     num_warps: int = 4
+    aligned: tuple[str, ...] = ()
+    """Arguments that are multiples of 16 at a launch, which Triton sees there: wide loads depend on it."""
 
 
 @dataclass(frozen=True)
