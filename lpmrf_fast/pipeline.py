@@ -245,11 +245,32 @@ class Pipeline:
         """The inverse of `encode`: an image about [0, 1], unclipped."""
         raise NotImplementedError
 
-    def velocity_at(self, z: Tensor, t: float | Tensor) -> Tensor:
-        """v(z, t) = clean - source in the velocity network's dtype; t from 0 (source) to 1 (clean), or (B,) of them."""
+    def velocity_at(self, z: Tensor, t: float | Tensor, tables=None, step: int | Tensor | None = None) -> Tensor:
+        """v(z, t) = clean - source in the velocity network's dtype; t from 0 (source) to 1 (clean), or (B,) of them.
+
+        tables: what `tables` made for several times, of which `step` is this one's index, an int or an int64 (1,).
+        """
+        x = z.to(_dtype_of(self.velocity), memory_format=torch.channels_last)
+        if tables is not None:
+            v = self.velocity(x, tables=tables, step=step)
+            return -v if self._time_runs_down else v
         t = torch.as_tensor(t, dtype=z.dtype, device=z.device).expand(z.shape[0])  # never rounded to a network's dtype
-        z = z.to(_dtype_of(self.velocity), memory_format=torch.channels_last)
-        return flow.velocity(self.velocity, z, t, self.time_runs_down)
+        return flow.velocity(self.velocity, x, t, self.time_runs_down)
+
+    def tables(self, times: Tensor, height: int, width: int):
+        """What the velocity network knows from times (K,) and the size of the state alone, for `velocity_at`.
+
+        None where it has no `prepare` (see `models.tables`).
+        """
+        network = self.velocity
+        if not hasattr(network, "prepare"):
+            return None
+        timed = getattr(network, "time_embed_dim", 0) is not None
+        return network.prepare((1 - times if self._time_runs_down else times) if timed else None, height, width)
+
+    @property
+    def _time_runs_down(self) -> bool:
+        return getattr(self.velocity, "time_runs_down", self.time_runs_down)
 
     def add_noise(self, z: Tensor, seeds: Sequence[int] | Tensor | None = None, noise: Tensor | None = None) -> Tensor:
         """z + noise_std · noise, the noise given (unit variance, z's shape) or drawn from one seed a photo (None: 0s).
@@ -276,26 +297,10 @@ class Pipeline:
         has a `prepare` (see `models.tables`).
         """
         times = flow.time_grid(num_inference_steps, self.eps)[:-1]
-        velocity = self.velocity_over(times, z)
-        return flow.sample(velocity, z, num_inference_steps, self.eps, callback_on_step_end)
-
-    def velocity_over(self, times: Sequence[float], z: Tensor) -> Callable[[Tensor, float], Tensor]:
-        """`velocity_at` for these times and states shaped like z, prepared for them where the network can be."""
-        network = self.velocity
-        if not hasattr(network, "prepare"):
-            return self.velocity_at
-        down = getattr(network, "time_runs_down", self.time_runs_down)
-        t = torch.tensor(times, dtype=z.dtype, device=z.device)
-        timed = getattr(network, "time_embed_dim", 0) is not None
-        tables = network.prepare((1 - t if down else t) if timed else None, *z.shape[-2:])
+        tables = self.tables(torch.tensor(times, dtype=z.dtype, device=z.device), *z.shape[-2:])
         steps = {t: k for k, t in enumerate(times)}
-
-        def velocity(z: Tensor, t: float) -> Tensor:
-            z = z.to(_dtype_of(network), memory_format=torch.channels_last)
-            v = network(z, tables=tables, step=steps[t])
-            return -v if down else v
-
-        return velocity
+        velocity = lambda z, t: self.velocity_at(z, t, tables, steps[t])
+        return flow.sample(velocity, z, num_inference_steps, self.eps, callback_on_step_end)
 
     def restore(
         self,

@@ -87,6 +87,7 @@ def estimate(pipeline, plan: Plan) -> Estimate:
         counter.started = True
         (segment,) = Region(stages, counter.stage).segments(one, buffers)
         segment.run()
+    counter.stages.pop("tables", None)  # made once, not with every batch
     for name, cost in counter.stages.items():
         if name == "velocity":
             cost.flops, cost.moved, cost.launches = (

@@ -291,8 +291,11 @@ class Engine:
         with self._lock, self._on_device(), self._in_turn(), use_backend(self._forced or "auto"):
             held = self._bucket(plan)
             buffers = held.buffers
-            self._prepared.changed()
+            if self._prepared.changed():
+                for other in self._buckets.values():
+                    other.buffers.stale = True
             buffers.set_grid(steps, self.stages.eps)
+            self._region.refresh(buffers)
             if isinstance(rows, Tensor):
                 buffers.pixels[:count].copy_(rows)
             else:

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -19,8 +20,8 @@ from .plan import Plan
 
 log = logging.getLogger("lpmrf_fast.engine")
 WARM_UPS = 2
-_capturing = threading.Lock()
-"""One capture at a time in a process: PyTorch's capture empties caches that captures share."""
+_capturing = threading.RLock()
+"""One capture at a time in a process: it empties caches, and the choice of algorithms is the process's."""
 
 
 class OverBudget(MemoryError):
@@ -162,24 +163,23 @@ class CudaDevice:
         Warms up and captures on a stream of its own; other threads may go on working meanwhile. Convolutions try
         their algorithms in the warm-up, unless the plan is deterministic.
         """
-        with _capturing, torch.cuda.device(self.device):
+        with torch.cuda.device(self.device), algorithms(plan.deterministic):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with algorithms(plan.deterministic):
-                with torch.cuda.stream(stream):
-                    for _ in range(WARM_UPS):
-                        for run in runs:
-                            run()
-                torch.cuda.synchronize()
-                torch.cuda.empty_cache()
-                free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
-                graphs = [torch.cuda.CUDAGraph(keep_graph=True) for _ in runs]
-                for graph, run in zip(graphs, runs):
-                    with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.stream(stream):
+                for _ in range(WARM_UPS):
+                    for run in runs:
                         run()
-                nodes = [_nodes(graph) for graph in graphs]
-                for graph in graphs:
-                    graph.instantiate()
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+            free, reserved = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
+            graphs = [torch.cuda.CUDAGraph(keep_graph=True) for _ in runs]
+            for graph, run in zip(graphs, runs):
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
+                    run()
+            nodes = [_nodes(graph) for graph in graphs]
+            for graph in graphs:
+                graph.instantiate()
             torch.cuda.synchronize()
             grown = torch.cuda.memory_reserved() - reserved
             beside = max(0, free - torch.cuda.mem_get_info()[0] - grown)
@@ -187,12 +187,17 @@ class CudaDevice:
             return [g.replay for g in graphs], None if None in nodes else sum(nodes), max(0, grown), beside
 
 
+@contextmanager
 def algorithms(deterministic: bool):
-    """cuDNN's choice of algorithms, inside a with block: fixed ones, or the fastest of those that it tries."""
-    tf32 = torch.backends.cudnn.allow_tf32
-    return torch.backends.cudnn.flags(
-        enabled=True, benchmark=not deterministic, deterministic=deterministic, allow_tf32=tf32
-    )
+    """cuDNN's choice of algorithms: fixed ones, or the fastest of those that it tries. For one thread at a time."""
+    cudnn = torch.backends.cudnn
+    with _capturing:
+        before = cudnn.benchmark, cudnn.deterministic
+        cudnn.benchmark, cudnn.deterministic = not deterministic, deterministic
+        try:
+            yield
+        finally:
+            cudnn.benchmark, cudnn.deterministic = before
 
 
 def _nodes(graph) -> int | None:

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 import lpmrf_kernels as ops
 
 from .. import flow
 from .plan import Plan
 
-MAX_STEPS = 1000
+MAX_STEPS = 256
 """Rows of the table of times in mode "step"."""
 
 
@@ -27,8 +28,8 @@ class Buffers:
     pixels (B, 3, H, W) uint8, channels-last: photos in. seeds (B,) int64.
     images, means (B, 3, H, W) uint8, channels-last: restored photos and posterior means out. finite (B,) bool: False
     where a value was NaN or infinite; that photo's pixels are then worth nothing.
-    times (K,), steps (K,): t and Δt of the Euler steps, in the state's dtype; row (1,) int64: the step that comes next,
-    and state: the flow's state between graphs, both for mode "step" only.
+    times (K,), steps (K,): t and Δt of the Euler steps, in the state's dtype. tables: what the velocity network knows
+    from the times alone. For mode "step": row (1,) int64, the step that comes next, and state, the flow's.
     """
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
@@ -42,12 +43,15 @@ class Buffers:
         self.times = torch.zeros(plan.steps or MAX_STEPS, dtype=dtype, device=device)
         self.steps = torch.zeros_like(self.times)
         self.row = torch.zeros(1, dtype=torch.int64, device=device)
-        self.state: Tensor | None = None
+        self.state: Tensor | None = None  # its shape, and that of the tables, shows in a first run
+        self.tables = None
+        self.stale = False
+        """Whether tables are those of other times or weights."""
         self._grid = None
 
     @property
     def bytes(self) -> int:
-        return sum(t.nbytes for t in vars(self).values() if isinstance(t, Tensor))
+        return sum(t.nbytes for t in tree_leaves(list(vars(self).values())) if isinstance(t, Tensor))
 
     def set_grid(self, num_steps: int, eps: float) -> None:
         """Write the knots of `num_steps` even steps, unless they are there."""
@@ -59,7 +63,7 @@ class Buffers:
             knots = flow.time_grid(num_steps, eps)
             for tensor, values in ((self.times, knots[:-1]), (self.steps, [b - a for a, b in zip(knots, knots[1:])])):
                 tensor[:num_steps].copy_(torch.tensor(values, dtype=tensor.dtype))
-            self._grid = (num_steps, eps)
+            self._grid, self.stale = (num_steps, eps), True
 
 
 @dataclass(frozen=True)
@@ -75,7 +79,8 @@ class Segment:
 class Region:
     """The chain of a pipeline's stages, written into a bucket's buffers.
 
-    stages: a pipeline, or anything with its predict_mean, encode, add_noise, velocity_at, decode, state_dtype and eps.
+    stages: a pipeline, or anything with its predict_mean, encode, add_noise, tables, velocity_at, decode, state_dtype
+        and eps.
     mark(name): a context entered around each stage, for those who count.
     """
 
@@ -92,26 +97,33 @@ class Region:
             ]
         return [Segment("pixels to pixels", lambda: self._whole(plan, buffers))]
 
+    def refresh(self, buffers: Buffers) -> None:
+        """Make tables again, in place, that are those of other times or weights."""
+        if buffers.stale and buffers.tables is not None:
+            new = self.stages.tables(buffers.times, *buffers.state.shape[-2:])
+            for old, values in zip(tree_leaves(buffers.tables), tree_leaves(new)):
+                if isinstance(old, Tensor):
+                    old.copy_(values)
+        buffers.stale = False
+
     def _whole(self, plan: Plan, buffers: Buffers) -> None:
         z = self._source(buffers)
         knots = flow.time_grid(plan.steps, self.stages.eps)
         with self.mark("velocity"):
             for k, (t, after) in enumerate(zip(knots, knots[1:])):
-                z = ops.euler_step(z, self.stages.velocity_at(z, buffers.times[k]), after - t)
+                z = ops.euler_step(z, self.stages.velocity_at(z, buffers.times[k], buffers.tables, k), after - t)
         self._finish(buffers, z)
 
     def _begin(self, buffers: Buffers) -> None:
         z = self._source(buffers)
-        if buffers.state is None:  # its shape is known by now; graphs are captured after a first run
-            buffers.state = torch.empty_like(z)
         buffers.state.copy_(z)
         buffers.row.zero_()
 
     def _step(self, buffers: Buffers) -> None:
         z = buffers.state
         with self.mark("velocity"):
-            t, dt = (table.index_select(0, buffers.row) for table in (buffers.times, buffers.steps))
-            v = self.stages.velocity_at(z, t)
+            t, dt = (values.index_select(0, buffers.row) for values in (buffers.times, buffers.steps))
+            v = self.stages.velocity_at(z, t, buffers.tables, buffers.row)
             z.copy_(torch.addcmul(z, dt.view(1, 1, 1, 1), v.to(z.dtype)))
             buffers.row.add_(1)
 
@@ -128,7 +140,11 @@ class Region:
         with mark("encode"):
             z = stages.encode(mean)
         with mark("source noise"):
-            return stages.add_noise(z, buffers.seeds)
+            z = stages.add_noise(z, buffers.seeds)
+        if buffers.state is None:  # a first run; graphs are captured after it
+            with mark("tables"):
+                buffers.state, buffers.tables = torch.empty_like(z), stages.tables(buffers.times, *z.shape[-2:])
+        return z
 
     def _finish(self, buffers: Buffers, z: Tensor) -> None:
         with self.mark("decode"):
@@ -136,4 +152,3 @@ class Region:
         with self.mark("to uint8"):
             buffers.finite.logical_and_(x.isfinite().flatten(1).all(1))
             buffers.images.copy_(ops.to_uint8(x))
-

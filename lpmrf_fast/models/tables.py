@@ -26,10 +26,17 @@ class Tables(NamedTuple):
     size: tuple[int, int]
     levels: list[list[BlockTables]]
 
-    def at(self, step: int | None, batch: int) -> list[list[BlockTables]]:
-        """The levels with scales (batch, channels): those of time `step`, or, for None, one time a batch element."""
+    def at(self, step: int | Tensor | None, batch: int) -> list[list[BlockTables]]:
+        """The levels with scales (batch, channels): those of time `step`, or, for None, one time a batch element.
+
+        step: a tensor is int64 (1,) on the tables' device, for a CUDA graph of one step that serves all of them.
+        """
 
         def rows(scale: Tensor) -> Tensor:
-            return (scale if step is None else scale[step : step + 1]).expand(batch, -1)
+            if isinstance(step, Tensor):
+                scale = scale.index_select(0, step)
+            elif step is not None:
+                scale = scale[step : step + 1]
+            return scale.expand(batch, -1)
 
         return [[BlockTables(b.cos, b.sin, tuple(rows(s) for s in b.scales)) for b in level] for level in self.levels]

@@ -146,5 +146,5 @@ def test_steps_of_the_table_are_limited(pipe):
     buffers = Buffers(Plan(1, 64, 64, None, "cpu", ()), torch.device("cpu"), torch.float32)
     buffers.set_grid(MAX_STEPS, 0.0)
     assert buffers.times[-1] == pytest.approx(1 - 1 / MAX_STEPS)
-    with pytest.raises(ValueError, match="at most 1000 steps, got 1001"):
+    with pytest.raises(ValueError, match="at most 256 steps, got 257"):
         buffers.set_grid(MAX_STEPS + 1, 0.0)
