@@ -11,4 +11,8 @@ def run(stage: str, config_path, overrides=()) -> None:
 
     if stage not in STAGES:
         raise ConfigError(f"no stage {stage!r}; there are {', '.join(STAGES)}")
-    Trainer(stage, load_config(config_path, list(overrides))).fit()
+    trainer = Trainer(stage, load_config(config_path, list(overrides)))
+    try:
+        trainer.fit()
+    finally:
+        trainer.close()

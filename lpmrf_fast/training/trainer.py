@@ -194,6 +194,11 @@ class Trainer:
 
     # ---- the loop
 
+    def close(self):
+        """Take leave of the other processes, where there are some: one that just exits may abort in its own threads."""
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
     def fit(self):
         """Run the remaining steps.
 

@@ -115,6 +115,7 @@ def started(folder, out, script="", environment=(), **options):
         f"t = Trainer('vae', TrainConfig(**{values!r}))\n{script}\nt.fit()\n"
         "from lpmrf_fast.training.sharding import gathered\n"
         "torch.save(gathered(t.model.state_dict()), t.out / f'rank{t.rank}.pt')\n"
+        "t.close()\n"
     )
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "kernels")]), "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
