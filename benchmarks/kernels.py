@@ -197,17 +197,19 @@ def _timed(functions: dict[str, Callable], device: str, budget: float):
 
 
 def table(rows: list[dict]) -> str:
-    """The rows as people read them."""
-    lines = [f"{'op and case':46}{'provider':16}{'ms':>10}{'x eager':>9}{'roofline':>10}  note"]
+    """The rows as people read them; of what is absent only the names."""
+    lines, absent = [f"{'op and case':46}{'provider':16}{'ms':>10}{'x eager':>9}{'roofline':>10}"], {}
     for row in rows:
         name = f"{row['op']} {row['case']}"[:45]
-        note = row.get("absent") or row.get("failed") or ""
         if "seconds" in row:
             speed = f"{row['speed_of_eager']:.2f}" if row["speed_of_eager"] else ""
             numbers = f"{row['seconds'] * 1e3:10.3f}{speed:>9}{row['share_of_roofline']:10.0%}"
+            lines.append(f"{name:46}{row['provider']:16}{numbers}")
+        elif "failed" in row:
+            lines.append(f"{name:46}{row['provider']:16}  {row['failed'][:100]}")
         else:
-            numbers = f"{'-':>10}{'-':>9}{'-':>10}"
-        lines.append(f"{name:46}{row['provider']:16}{numbers}  {note[:80]}")
+            absent.setdefault((name, row["absent"]), []).append(row["provider"])
+    lines += [f"{name:46}not here: {', '.join(who)} ({why[:80]})" for (name, why), who in absent.items()]
     return "\n".join(lines)
 
 

@@ -8,8 +8,6 @@ originals, and the seconds a face; writes one JSON with every face. Faces pair u
 
 import argparse
 import json
-import platform
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -20,21 +18,12 @@ from PIL import Image, ImageDraw
 from lpmrf_fast.evaluation import psnr, sliced_wasserstein
 from lpmrf_fast.pipeline import Pipeline
 
+from .machine import describe
+
 
 def tensor(image: Image.Image) -> torch.Tensor:
     raw = torch.frombuffer(bytearray(image.convert("RGB").tobytes()), dtype=torch.uint8)
     return raw.view(image.height, image.width, 3).permute(2, 0, 1).float().div(255)
-
-
-def machine() -> dict:
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True)
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "CPU",
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "commit": commit.stdout.strip() or "unknown",
-    }
 
 
 def sheet(columns: dict[str, Image.Image], size: int = 512) -> Image.Image:
@@ -102,7 +91,7 @@ def main(argv=None) -> None:
             "swd_by_level": {n: {k: round(v, 2) for k, v in d.items()} for n, d in distances.items()},
             "swd_ratio": round(ratio, 4),
             "seconds_median": round(sorted(seconds)[len(seconds) // 2], 3),
-            "machine": machine(),
+            "machine": describe("cuda" if torch.cuda.is_available() else "cpu"),
             "psnr_of_each_face": faces,
         }
         args.out.write_text(json.dumps(report, indent=1) + "\n")

@@ -13,7 +13,7 @@
 #include <cstring>
 
 // The compiler makes one copy of such a function per instruction set and the loader picks: one binary for all CPUs.
-// setup.py compiles with -ffp-contract=off, so the copies give the same bits.
+// setup.py compiles with -ffp-contract=off, so the copies give the same bits (but see lanes.h).
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #define LPMRF_VECTORISED __attribute__((target_clones("default", "avx2", "avx512f")))
 #else

@@ -1,6 +1,7 @@
 // Norms over the channels of each pixel, forward and backward. The specification is
 // kernels/lpmrf_kernels/pixel_norm.py.
 #include "rows.h"
+#include "sums.h"
 
 #include <algorithm>
 #include <cmath>
@@ -10,32 +11,9 @@
 namespace lpmrf {
 namespace {
 
-constexpr int64_t kLanes = 16;    // partial sums of a row: as many on every instruction set, so the bits are the same
 constexpr int64_t kTile = 4096;   // floats worked on at a time: a few such buffers fit in the first cache
 constexpr int64_t kRows = 64;     // pixels worked on at a time, at most
 constexpr int64_t kColumns = 64;  // the same where channels are planes
-
-// sums[0 ... kLanes) = partial sums over c < count of `term`, an expression in c. Twice as many inside: an addition
-// takes several cycles, and a second one need not wait for it.
-#define LPMRF_SUM(sums, count, term)                                       \
-  {                                                                        \
-    float lanes[2 * kLanes] = {};                                          \
-    int64_t begin = 0;                                                     \
-    for (; begin + 2 * kLanes <= count; begin += 2 * kLanes)               \
-      for (int64_t l = 0; l < 2 * kLanes; ++l) {                           \
-        const int64_t c = begin + l;                                       \
-        lanes[l] += term;                                                  \
-      }                                                                    \
-    for (int64_t c = begin; c < count; ++c) lanes[c - begin] += term;      \
-    for (int64_t l = 0; l < kLanes; ++l) sums[l] = lanes[l] + lanes[l + kLanes]; \
-  }
-
-inline __attribute__((always_inline)) float fold(const float* sums) {
-  float half[8], quarter[4];
-  for (int l = 0; l < 8; ++l) half[l] = sums[l] + sums[l + 8];
-  for (int l = 0; l < 4; ++l) quarter[l] = half[l] + half[l + 4];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
-}
 
 // Up to kRows rows. Each step runs over all of them, so that one row's additions fill the waiting times of another's.
 #define LPMRF_STATISTICS                                                                                     \
@@ -118,24 +96,6 @@ LPMRF_VECTORISED void norm_rows_backward(float* __restrict dx, float* __restrict
     }
   }
 }
-
-// The rows (1 or B, C) of a parameter, or the same value for every channel where there is none.
-struct Parameter {
-  std::vector<float> constant;
-  const float* data;
-  int64_t stride = 0;
-
-  Parameter(const std::optional<Tensor>& p, int64_t channels, float otherwise) {
-    if (p) {
-      data = static_cast<const float*>(p->const_data_ptr());
-      if (p->dim() == 2 && p->size(0) > 1) stride = channels;
-    } else {
-      constant.assign(channels, otherwise);
-      data = constant.data();
-    }
-  }
-  const float* row(int64_t b) const { return data + b * stride; }
-};
 
 template <class T>
 void forward(const Tensor& x_tensor, const std::optional<Tensor>& residual, const Parameter& weight,

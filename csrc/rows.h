@@ -3,6 +3,10 @@
 
 #include "common.h"
 
+#include <optional>
+#include <type_traits>
+#include <vector>
+
 namespace lpmrf {
 namespace {
 
@@ -105,6 +109,24 @@ void write_pixels(const Image<T>& y, const float* buffer, int64_t b, int64_t fir
     }
   }
 }
+
+// The rows (1 or B, C) of a parameter, or the same value for every channel where there is none.
+struct Parameter {
+  std::vector<float> constant;
+  const float* data;
+  int64_t stride = 0;
+
+  Parameter(const std::optional<Tensor>& p, int64_t channels, float otherwise) {
+    if (p) {
+      data = static_cast<const float*>(p->const_data_ptr());
+      if (p->dim() == 2 && p->size(0) > 1) stride = channels;
+    } else {
+      constant.assign(channels, otherwise);
+      data = constant.data();
+    }
+  }
+  const float* row(int64_t b) const { return data + b * stride; }
+};
 
 }  // namespace
 }  // namespace lpmrf

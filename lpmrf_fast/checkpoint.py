@@ -49,6 +49,8 @@ HUB_FILES = [
     *(f"*{SHARD_INDEX}", "*-of-*.safetensors", "*-of-*.bin"),
 ]
 """What is fetched of a repository on the hub."""
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Layers of AutoencoderKL's attention in older published files → their names now."""
 
 
 # ---- finding
@@ -389,6 +391,7 @@ def _networks(found: Checkpoint, device=None) -> nn.Module:
 def _compare(network: nn.Module, tensors: Mapping[str, Tensor], where) -> None:
     """Names and shapes must be the network's. Raises CheckpointError."""
     wanted = network.state_dict()
+    tensors = {_renamed(name, wanted): tensor for name, tensor in tensors.items()}
     optional = {name for name, _ in network.named_buffers() if name.split(".")[-1] in RECOMPUTED}
     reports = {
         "missing": wanted.keys() - tensors.keys() - optional,
@@ -407,11 +410,23 @@ def _compare(network: nn.Module, tensors: Mapping[str, Tensor], where) -> None:
         )
 
 
+def _renamed(name: str, wanted: Mapping[str, Tensor]) -> str:
+    """What the network calls the tensor `name` of a file: its newer name where that is wanted and this is not."""
+    layer, _, parameter = name.rpartition(".")
+    parent, _, last = layer.rpartition(".")
+    newer = f"{parent}.{RENAMED.get(last, last)}.{parameter}"
+    return newer if name not in wanted and newer in wanted else name
+
+
 def _fill(network: nn.Module, tensors: Mapping[str, Tensor], keep_dtype: bool = False) -> None:
     """Copy tensors that `_compare` has seen into the network."""
     if not keep_dtype and any(t.dtype == torch.float64 for t in tensors.values()):
         network.double()
-    network.load_state_dict(dict(tensors), strict=False)  # strict but for RECOMPUTED, see above
+    wanted = network.state_dict()
+    tensors = {_renamed(name, wanted): tensor for name, tensor in tensors.items()}
+    network.load_state_dict(tensors, strict=False)  # strict but for RECOMPUTED, see above
+RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+"""Layers of AutoencoderKL's attention in older published files → their names now."""
 
 
 def _unreadable(path: Path, error: OSError) -> CheckpointError:

@@ -45,10 +45,10 @@ SIGNATURES = {
     "HDiT": "patch_in.proj.weight",
     "LooUFormer": "proj_in.proj.weight",
     "SimVAE": "encoder.down_blocks.0.resnets.0.norm.weight",
+    "AutoencoderKL": "encoder.down_blocks.0.resnets.0.norm1.weight",
 }
 """A tensor that every network of a class has, and no other's."""
 STRANGERS = {
-    "a diffusers AutoencoderKL (SD-VAE, FLUX-VAE)": r"encoder\.mid_block\.attentions\.0\.",
     "a Stable Diffusion model": r"model\.diffusion_model\.",
     "ControlNet or DiffBIR": r"control_model\.",
     "a diffusion U-Net such as DifFace's": r"input_blocks\.0\.0\.",

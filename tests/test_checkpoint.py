@@ -181,6 +181,28 @@ def test_official_sim_vae_folder(golden, tmp_path, name, weights):
         fixture.assert_close(vae.decode(fixture.inputs["z"]), "decoded_z")
 
 
+@pytest.mark.parametrize("old", [False, True])
+def test_published_autoencoder_kl_folder(golden, tmp_path, old):
+    """As diffusers writes it, and with the names that older files have for the attention's layers."""
+    fixture = golden("sd_vae")
+    config = {"_class_name": "AutoencoderKL", "_diffusers_version": "0.6.0", **fixture.config}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    before = {".to_q.": ".query.", ".to_k.": ".key.", ".to_v.": ".value.", ".to_out.0.": ".proj_attn."}
+    state = {}
+    for name, tensor in fixture.state.items():
+        for now, then in before.items() if old else ():
+            name = name.replace(now, then)
+        state[name] = tensor
+    assert (state.keys() == fixture.state.keys()) != old
+    save_file(state, tmp_path / "diffusion_pytorch_model.safetensors")
+    vae = checkpoint.load_model(tmp_path)
+    assert type(vae) is models.AutoencoderKL and vae.config["scaling_factor"] == 0.18215
+    assert vae.state_dict().keys() == fixture.state.keys()
+    with torch.no_grad():
+        fixture.assert_close(vae.encode(fixture.inputs["x"]), "moments")
+        fixture.assert_close(vae.decode(fixture.inputs["z"]), "decoded_z")
+
+
 def test_pickles_of_tensors(golden, tmp_path):
     fixture = golden("sim_vae_layer_norm")
     for content in (fixture.state, {"state_dict": fixture.state, "epoch": 3}):
@@ -272,7 +294,7 @@ CONFIG_FAULTS = {
     ),
     "unknown class": (
         lambda c: c["modules"]["vae"].update({"class": "os.system"}),
-        ("vae: unknown network class 'os.system'; there are SimVAE, SwinIR, LooUFormer",),
+        ("vae: unknown network class 'os.system'; there are SimVAE, AutoencoderKL, SwinIR, LooUFormer",),
     ),
     "class of another kind": (
         lambda c: c["modules"]["vae"].update({"class": ["SimVAE"]}),

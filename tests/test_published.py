@@ -492,7 +492,6 @@ def test_an_index_stays_in_its_folder(sharded):
 @pytest.mark.parametrize(
     "name, looks",
     [
-        ("encoder.mid_block.attentions.0.to_q.weight", "AutoencoderKL"),
         ("model.diffusion_model.input_blocks.0.0.weight", "Stable Diffusion"),
         ("input_blocks.0.0.weight", "DifFace"),
         ("stylegan_decoder.style_mlp.1.weight", "GFPGAN"),

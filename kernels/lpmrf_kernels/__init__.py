@@ -3,7 +3,6 @@
 `backends()` says which of them serves an op, forward and backward, and why another does not.
 """
 
-from . import registry as _registry
 from .ada_rms_norm_2d import ada_rms_norm_2d
 from .add_source_noise import add_source_noise
 from .attention import attention, use_attention
@@ -11,10 +10,11 @@ from .conv_epilogue import bias_residual, bias_silu
 from .dwconv_geglu import dwconv_geglu, geglu
 from .dwconv_rope_qkv import dwconv_rope_qkv
 from .euler_step import euler_step
+from .group_norm_silu import group_norm_silu
 from .layer_norm_2d import layer_norm_2d
 from .neighborhood_attention_2d import neighborhood_attention_2d
 from .output_euler import output_euler
-from .reference import group_norm_silu, source_noise
+from .reference import source_noise
 from .registry import backends, fallbacks, use_backend
 from .rms_norm_2d import rms_norm_2d
 from .uint8 import from_uint8, to_uint8
@@ -47,9 +47,3 @@ __all__ = [
     "use_backend",
     "window_attention",
 ]
-
-for _op in (group_norm_silu,):
-    _note = "its kernel is not written yet"
-    _registry.register(
-        _registry.Op(_op.__name__, {"torch": _registry.Kernel(_op)}, notes={"forward": _note, "backward": _note})
-    )

@@ -379,7 +379,8 @@ def _compile_cases() -> list[CompileCase]:
             signature |= {arg: "*fp32" for arg in names if arg in ("lse_ptr", "delta_ptr")} | {"scale": "fp32"}
             label = f"{name.removeprefix('attention').strip('_') or 'forward'}, {DTYPES[dtype]}, heads of {D}"
             label += f", tiles of {constants['BLOCK_M']}"
-            cases.append(CompileCase(label, kernel, signature, constants, warps))
+            aligned = tuple(arg for arg in names if arg.startswith("stride") or arg.endswith("_ptr"))
+            cases.append(CompileCase(label, kernel, signature, constants, warps, aligned))
     return cases
 
 

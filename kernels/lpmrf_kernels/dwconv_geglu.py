@@ -284,7 +284,8 @@ def _dwconv_geglu_bwd_kernel(
 
 def _half(x: Tensor) -> Tensor:
     """An empty tensor of half the channels in x's memory format."""
-    return torch.empty_like(x[:, : x.shape[1] // 2])
+    # narrow, not an index: a fake CUDA tensor cannot be indexed where PyTorch has no CUDA.
+    return torch.empty_like(x.narrow(1, 0, x.shape[1] // 2))
 
 
 def _launch_geglu(x: Tensor, gate_first: bool) -> Tensor:

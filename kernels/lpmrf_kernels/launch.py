@@ -42,7 +42,11 @@ def launch_config(op: str, device: torch.device, default: dict[str, int], **size
 
 def nearest_row(op: str, device: torch.device, takes_part=lambda row: True, **sizes: int) -> dict[str, int]:
     """The row of this GPU's table for `op` that was measured nearest to these sizes; empty if there is none."""
-    rows = _table(torch.cuda.get_device_name(device)).get(op, [])
+    try:
+        gpu = torch.cuda.get_device_name(device)
+    except (AssertionError, RuntimeError):  # a fake tensor of a device that is not here
+        return {}
+    rows = _table(gpu).get(op, [])
     rows = [row for row in rows if row.keys() >= sizes.keys() and takes_part(row)]
     return min(rows, key=lambda row: sum(math.log(row[k] / max(n, 1)) ** 2 for k, n in sizes.items()), default={})
 

@@ -512,7 +512,9 @@ def _compile_cases() -> list[CompileCase]:
             signature |= {arg: f"*{DTYPES[dtype]}" for arg in names if arg.endswith("_ptr")}
             signature |= {arg: "*fp32" for arg in names if arg in ("lse_ptr", "delta_ptr")} | {"scale": "fp32"}
             label = f"{name.removeprefix('neighborhood_attention_2d').strip('_') or 'forward'}, {DTYPES[dtype]}"
-            cases.append(CompileCase(f"{label}, {K}x{K}, heads of {D}", kernel, signature, constants, warps))
+            label += f", {K}x{K}, heads of {D}"
+            aligned = tuple(arg for arg in names if arg.startswith("stride") or arg.endswith("_ptr"))
+            cases.append(CompileCase(label, kernel, signature, constants, warps, aligned))
     return cases
 
 

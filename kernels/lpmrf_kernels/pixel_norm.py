@@ -41,12 +41,12 @@ CHUNK = 16384  # elements that one partial sum of the C++ backward covers, at le
 
 
 @jit
-def _offsets(p, c, width, stride_c, stride_h, stride_w, FLAT: tl.constexpr):
+def image_offsets(p, c, width, stride_c, stride_h, stride_w, FLAT: tl.constexpr):
     if FLAT:
         pixels = p * stride_w
     else:
         pixels = p // width * stride_h + p % width * stride_w
-    return pixels[:, None] + c[None, :] * stride_c  # [BLOCK_P, BLOCK_C]
+    return pixels[:, None] + c[None, :].to(tl.int64) * stride_c  # [BLOCK_P, BLOCK_C]
 
 
 @jit
@@ -86,15 +86,15 @@ def _pixel_norm_fwd_kernel(
     pid = tl.program_id(0)
     b = (pid // tiles).to(tl.int64)
     p = (pid % tiles).to(tl.int64) * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
     mask_c = c < channels
     mask = (p < pixels)[:, None] & mask_c[None, :]
-    offs_y = b * stride_yb + _offsets(p, c, width, stride_yc, stride_yh, stride_yw, FLAT)
+    offs_y = b * stride_yb + image_offsets(p, c, width, stride_yc, stride_yh, stride_yw, FLAT)
 
-    offs_x = b * stride_xb + _offsets(p, c, width, stride_xc, stride_xh, stride_xw, FLAT)
+    offs_x = b * stride_xb + image_offsets(p, c, width, stride_xc, stride_xh, stride_xw, FLAT)
     x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
     if residual_ptr is not None:
-        offs_r = b * stride_rb + _offsets(p, c, width, stride_rc, stride_rh, stride_rw, FLAT)
+        offs_r = b * stride_rb + image_offsets(p, c, width, stride_rc, stride_rh, stride_rw, FLAT)
         x += tl.load(residual_ptr + offs_r, mask=mask, other=0.0).to(tl.float32)
         x = x.to(sum_ptr.dtype.element_ty)
         tl.store(sum_ptr + offs_y, x, mask=mask)
@@ -157,7 +157,7 @@ def _pixel_norm_bwd_kernel(
     pid = tl.program_id(0)
     b = (pid // programs).to(tl.int64)
     p = (pid % programs).to(tl.int64) * steps * BLOCK_P + tl.arange(0, BLOCK_P)
-    c = tl.arange(0, BLOCK_C).to(tl.int64)
+    c = tl.arange(0, BLOCK_C)
     mask_c = c < channels
     if weight_ptr is not None:
         weight = tl.load(weight_ptr + b * stride_weight_b + c * stride_weight_c, mask=mask_c, other=0.0).to(tl.float32)
@@ -168,8 +168,8 @@ def _pixel_norm_bwd_kernel(
 
     for _ in range(steps):
         mask = (p < pixels)[:, None] & mask_c[None, :]
-        offs_x = b * stride_xb + _offsets(p, c, width, stride_xc, stride_xh, stride_xw, FLAT)
-        offs_g = b * stride_gb + _offsets(p, c, width, stride_gc, stride_gh, stride_gw, FLAT)
+        offs_x = b * stride_xb + image_offsets(p, c, width, stride_xc, stride_xh, stride_xw, FLAT)
+        offs_g = b * stride_gb + image_offsets(p, c, width, stride_gc, stride_gh, stride_gw, FLAT)
         x = tl.load(x_ptr + offs_x, mask=mask, other=0.0).to(tl.float32)
         g = tl.load(g_ptr + offs_g, mask=mask, other=0.0).to(tl.float32)
         if CENTRED:
@@ -188,9 +188,9 @@ def _pixel_norm_bwd_kernel(
             dx -= (tl.sum(g, 1) / channels)[:, None]
         dx *= rstd[:, None]
         if g_sum_ptr is not None:
-            offs_s = b * stride_sb + _offsets(p, c, width, stride_sc, stride_sh, stride_sw, FLAT)
+            offs_s = b * stride_sb + image_offsets(p, c, width, stride_sc, stride_sh, stride_sw, FLAT)
             dx += tl.load(g_sum_ptr + offs_s, mask=mask, other=0.0).to(tl.float32)
-        offs_d = b * stride_db + _offsets(p, c, width, stride_dc, stride_dh, stride_dw, FLAT)
+        offs_d = b * stride_db + image_offsets(p, c, width, stride_dc, stride_dh, stride_dw, FLAT)
         tl.store(dx_ptr + offs_d, dx, mask=mask)
         p += BLOCK_P
 
@@ -238,7 +238,7 @@ class PixelNorm:
         if x.numel():
             total = outputs[0] if residual is not None else None
             torch.ops.lpmrf_cpp.pixel_norm(
-                x, residual, self._factor(weight), _float(bias), eps, self.centred, total, outputs[-1]
+                x, residual, self._factor(weight), float_vector(bias), eps, self.centred, total, outputs[-1]
             )
         return outputs
 
@@ -293,7 +293,7 @@ class PixelNorm:
         """What C++ multiplies by: float32 rows (1 or B, C)."""
         if weight is None:
             return None
-        weight = _float(weight) if weight.dim() == 2 else _float(weight)[None]
+        weight = float_vector(weight) if weight.dim() == 2 else float_vector(weight)[None]
         return weight + 1 if self.plus_one else weight
 
 
@@ -304,7 +304,7 @@ def _outputs(x: Tensor, residual: Tensor | None) -> list[Tensor]:
 def _gradients(x: Tensor, parts: int, weight_grad: bool, bias_grad: bool):
     """dx, and room for `parts` partial sums a photo of weight's and bias's gradients (B, parts, C), where asked for."""
     make = x.new_empty if x.numel() else x.new_zeros
-    partial = lambda asked: make((len(x), parts, x.shape[1]), dtype=torch.float32) if asked else None
+    partial = lambda asked: make((x.shape[0], parts, x.shape[1]), dtype=torch.float32) if asked else None
     return torch.empty_like(x), partial(weight_grad), partial(bias_grad)
 
 
@@ -318,7 +318,7 @@ def _summed(weight: Tensor | None, dx: Tensor, dweight: Tensor | None, dbias: Te
     return result
 
 
-def _float(p: Tensor | None) -> Tensor | None:
+def float_vector(p: Tensor | None) -> Tensor | None:
     return None if p is None else p.float().contiguous()
 
 

@@ -31,10 +31,48 @@ def group_norm_silu(
         raise ValueError(f'group_norm_silu: act must be "silu" or "none", got {act!r}')
     if x.shape[1] % num_groups:
         raise ValueError(f"group_norm_silu: {num_groups} groups do not divide the {x.shape[1]} channels")
-    h = _upcast(x)
-    affine = (None if p is None else p.to(h.dtype) for p in (weight, bias))
-    y = F.group_norm(h, num_groups, *affine, eps)
-    return (F.silu(y) if act == "silu" else y).to(x.dtype)
+    return group_norm_silu_with_statistics(x, num_groups, weight, bias, eps, act)[0]
+
+
+def group_norm_silu_with_statistics(
+    x: Tensor, num_groups: int, weight: Tensor | None, bias: Tensor | None, eps: float, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same, with mean and 1 / standard deviation of the groups (B, num_groups) in at least float32."""
+    # What PyTorch's kernels take: channels-last on CPU only.
+    channels_last = x.device.type == "cpu" and x.is_contiguous(memory_format=torch.channels_last)
+    h = _upcast(x) if channels_last else _upcast(x).contiguous()
+    B, C, H, W = h.shape
+    weight, bias = (None if p is None else p.to(h.dtype) for p in (weight, bias))
+    y, mean, rstd = torch.native_group_norm(h, weight, bias, B, C, H * W, num_groups, eps)
+    return (F.silu(y) if act == "silu" else y).to(x.dtype), mean, rstd
+
+
+def group_norm_silu_backward(
+    x: Tensor, g: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, bias: Tensor | None, act: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias for the gradient g of group_norm_silu's result, in at least float32.
+
+    mean and rstd (B, num_groups) are the forward's.
+    """
+    C, groups = x.shape[1], mean.shape[1]
+
+    def per_channel(s):  # (B, num_groups) → broadcastable against x
+        return s.repeat_interleave(C // groups, dim=1)[..., None, None]
+
+    def per_group(s):  # (B, C) sums → means over a group, broadcastable against x
+        return per_channel(s.unflatten(1, (groups, -1)).sum(2) / (x[0].numel() // groups))
+
+    h = (_upcast(x) - per_channel(mean)) * per_channel(rstd)
+    g = g.to(h.dtype)
+    if act == "silu":
+        n = h if weight is None else h * _per_channel(weight, h)
+        n = n if bias is None else n + _per_channel(bias, h)
+        sigmoid = torch.sigmoid(n)
+        g = g * sigmoid * (1 + n * (1 - sigmoid))
+    dweight, dbias = (g * h).sum((2, 3)), g.sum((2, 3))
+    w = h.new_ones(C) if weight is None else weight.to(h.dtype)
+    dx = (g * _per_channel(w, g) - per_group(dbias * w) - h * per_group(dweight * w)) * per_channel(rstd)
+    return dx, dweight.sum(0), dbias.sum(0)
 
 
 def layer_norm_2d(

@@ -175,6 +175,12 @@ def choose(name: str, *args, direction: str = "forward") -> str:
     raise AssertionError(f"{name}: the reference refused")
 
 
+def backend_of_backward(name: str, *args) -> str:
+    """For an op whose forward takes `args`: the forward's backend if it has a backward, else the reference."""
+    backend = choose(name, *args)
+    return backend if backend in OPS[name].backward else "torch"
+
+
 def run(name: str, *args, direction: str = "forward"):
     """Call the op's implementation in the backend that `choose` names."""
     return getattr(OPS[name], direction)[choose(name, *args, direction=direction)].run(*args)

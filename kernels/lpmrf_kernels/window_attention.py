@@ -318,7 +318,10 @@ def _compile_cases() -> list[CompileCase]:
                 ("forward", 4) if kernel is _window_attention_fwd_kernel else ("backward", *_backward_warps(x).values())
             )
             label = f"{way}, {DTYPES[dtype]}, {size}x{size} window, {heads} heads of {depth}"
-            cases.append(CompileCase(label, kernel, signature, constants, warps))
+            aligned = tuple(
+                arg for arg in names if arg.endswith("_ptr") or (arg.startswith("stride") and depth % 16 == 0)
+            )
+            cases.append(CompileCase(label, kernel, signature, constants, warps, aligned))
     return cases
 
 

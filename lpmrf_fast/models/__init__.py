@@ -1,16 +1,23 @@
 """The networks, with official constructor arguments, parameter names and shapes."""
 
-from . import hdit, loouformer, sim_vae, swinir
+from . import autoencoder_kl, hdit, loouformer, sim_vae, swinir
+from .autoencoder_kl import AutoencoderKL
 from .hdit import HDiT
 from .loouformer import LooUFormer
 from .sim_vae import SimVAE
 from .swinir import SwinIR
 
-__all__ = ["PRESETS", "HDiT", "LooUFormer", "SimVAE", "SwinIR", "build"]
+__all__ = ["PRESETS", "AutoencoderKL", "HDiT", "LooUFormer", "SimVAE", "SwinIR", "build"]
 
 PRESETS = {
     name: (cls, config)
-    for cls, module in ((SimVAE, sim_vae), (SwinIR, swinir), (LooUFormer, loouformer), (HDiT, hdit))
+    for cls, module in (
+        (SimVAE, sim_vae),
+        (AutoencoderKL, autoencoder_kl),
+        (SwinIR, swinir),
+        (LooUFormer, loouformer),
+        (HDiT, hdit),
+    )
     for name, config in module.PRESETS.items()
 }
 """name → (class, constructor arguments) of the published configurations and of ours."""

@@ -216,6 +216,11 @@ def batches(
     An incomplete last batch is dropped unless `keep_rest`. share: see Order.
     """
     end = len(dataset) if keep_rest else len(dataset) // batch_size * batch_size
+    if workers:
+        import cv2
+
+        # Here and not in the workers: a forked process waits for ever for threads that its parent's OpenCV had.
+        cv2.setNumThreads(1)
     return DataLoader(
         dataset,
         batch_sampler=Order(end, batch_size, first, share),
@@ -237,6 +242,3 @@ def _collate(items: list):
 def _start_worker(_):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's own handler would keep a worker alive
     torch.set_num_threads(1)
-    import cv2
-
-    cv2.setNumThreads(1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from kernel_cases import LAYOUTS, Spy, guarded_outputs, mutant, ops_run
+from kernel_cases import LAYOUTS, Spy, far_apart, guarded_outputs, mutant, ops_run
 from op_cases import assert_as_good_as_pytorch, assert_compiles, assert_exports_with_a_dynamic_batch, randn
 
 from lpmrf_kernels import bias_residual, bias_silu, reference, registry
@@ -110,6 +110,14 @@ def test_float64_is_the_references(name):
     assert torch.equal(OPS[name][0](*tensors), OPS[name][1](*tensors))
     assert sum(registry.fallbacks().values()) == before + 1
     assert torch.autograd.gradcheck(OPS[name][0], tensors)
+
+
+def test_addresses_past_2_to_the_31(place):
+    x = far_apart(place.device)
+    x[0], x[1] = 1, 2
+    zero = torch.zeros(1, device=place.device)
+    with place:
+        assert torch.equal(bias_residual(x, zero, x), 2 * x)
 
 
 # ---- as torch ops

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from kernel_cases import LAYOUTS, Spy, guarded_outputs, mutant, ops_run
+from kernel_cases import LAYOUTS, Spy, far_apart, guarded_outputs, mutant, ops_run
 from op_cases import assert_as_good_as_pytorch, assert_compiles, assert_exports_with_a_dynamic_batch, randn
 
 from lpmrf_kernels import dwconv_geglu, geglu, reference, registry, use_backend
@@ -14,7 +14,7 @@ SHAPES = {
     "one": (1, 2, 1, 1),
     "prime": (2, 14, 3, 7),
     "past one tile of channels": (1, 130, 2, 2),
-    "past one tile of pixels": (1, 4, 9, 9),
+    "past one tile of pixels": (1, 4, 5, 9),
     "column": (1, 6, 9, 1),
     "no photo": (0, 4, 8, 8),
 }
@@ -130,6 +130,16 @@ def test_two_runs_give_the_same_bits(place):
 def check_bits(tensors):
     out = dwconv_geglu(*tensors)
     return out, *torch.autograd.grad(out.sum(), tensors)
+
+
+def test_addresses_past_2_to_the_31(place):
+    x = far_apart(place.device).transpose(1, 3)  # (2, 4, 1, 1)
+    x[0], x[1] = 1, 2
+    weight = torch.zeros(4, 1, 3, 3, device=place.device)
+    weight[:, :, 1, 1] = 1
+    with place:
+        for out in (dwconv_geglu(x, weight), geglu(x, 1)):
+            torch.testing.assert_close(out, reference.geglu(x, 1))
 
 
 def test_float64_and_small_floats_are_the_references():

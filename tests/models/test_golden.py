@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 import lpmrf_kernels
-from lpmrf_fast.models import HDiT, LooUFormer, SimVAE, SwinIR
+from lpmrf_fast.models import AutoencoderKL, HDiT, LooUFormer, SimVAE, SwinIR
 from lpmrf_kernels import reference
 
 
-def sim_vae(network, x, z):
+def vae(network, x, z):
     moments = network.encode(x)
     mode, logvar = moments.chunk(2, dim=1)
     return {
@@ -33,8 +33,9 @@ def velocity(network, x, sigma):
 
 
 CASES = {
-    "sim_vae_layer_norm": (SimVAE, sim_vae),
-    "sim_vae_group_norm": (SimVAE, sim_vae),
+    "sim_vae_layer_norm": (SimVAE, vae),
+    "sim_vae_group_norm": (SimVAE, vae),
+    "sd_vae": (AutoencoderKL, vae),
     "swinir": (SwinIR, swinir),
     "loouformer_global": (LooUFormer, velocity),
     "loouformer_neighborhood": (LooUFormer, velocity),
@@ -147,6 +148,10 @@ def plain_modules(monkeypatch):
     def layer_norm(x, weight, bias, eps=1e-6):
         return F.layer_norm(x.permute(0, 2, 3, 1), weight.shape, weight, bias, eps).permute(0, 3, 1, 2)
 
+    def group_norm(x, groups, weight, bias, eps, act):
+        y = F.group_norm(x, groups, weight, bias, eps)
+        return F.silu(y) if act == "silu" else y
+
     def windowed(x, bias, size, shift, scale):
         (B, H, W, C), NH = x.shape, len(bias)
         x = x.roll((-shift, -shift), (1, 2)).view(B, H // size, size, W // size, size, C).transpose(2, 3)
@@ -180,7 +185,7 @@ def plain_modules(monkeypatch):
         "dwconv_rope_qkv": heads,
         "geglu": lambda x: F.gelu(x.chunk(2, dim=-1)[1]) * x.chunk(2, dim=-1)[0],
         "layer_norm_2d": layer_norm,
-        "group_norm_silu": lambda x, groups, weight, bias, eps, act: F.group_norm(x, groups, weight, bias, eps),
+        "group_norm_silu": group_norm,
         "ada_rms_norm_2d": add_rms,
         "attention": lambda q, k, v, scale=None: softmax_attention(q, k, v, 0, scale or q.shape[-1] ** -0.5),
         "neighborhood_attention_2d": neighborhood,

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import lpmrf_kernels as ops
 from lpmrf_fast import models
-from lpmrf_fast.models import HDiT, LooUFormer, SimVAE, SwinIR
+from lpmrf_fast.models import AutoencoderKL, HDiT, LooUFormer, SimVAE, SwinIR
 from lpmrf_fast.models.hdit import cosine_heads, window_attention
 
 
@@ -22,6 +22,12 @@ def sim_vae(**options):
     config = dict(block_out_channels=[32, 64], latent_channels=2, layers_per_block=1, layers_mid_block=1)
     types = dict(down_block_types=["EncoderBlock2D"] * 2, up_block_types=["DecoderBlock2D"] * 2)
     return SimVAE(**{**config, **types, **options})
+
+
+def autoencoder_kl(**options):
+    config = dict(block_out_channels=[8, 16], latent_channels=2, layers_per_block=1, norm_num_groups=4)
+    types = dict(down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2)
+    return AutoencoderKL(**{**config, **types, **options})
 
 
 def loouformer(**options):
@@ -142,6 +148,87 @@ def test_sim_vae_shapes(b, h, w, levels):
     assert vae.decode(moments[:, :3]).shape == (b, 3, h * f, w * f)
 
 
+# ---- AutoencoderKL
+
+KL_OPTIONS = {
+    "as Stable Diffusion's": {},
+    "as FLUX's": dict(use_quant_conv=False, use_post_quant_conv=False, latent_channels=4, shift_factor=0.1159),
+    "no attention": dict(mid_block_add_attention=False),
+    "one quant conv, one level": dict(
+        use_post_quant_conv=False,
+        block_out_channels=[12],
+        norm_num_groups=3,
+        down_block_types=["DownEncoderBlock2D"],
+        up_block_types=["UpDecoderBlock2D"],
+    ),
+}
+
+
+@pytest.mark.parametrize("options", KL_OPTIONS.values(), ids=KL_OPTIONS.keys())
+def test_autoencoder_kl_as_defined(randomized, options):
+    """The whole network out of PyTorch's functions and the official names, at an odd size."""
+    vae = randomized(autoencoder_kl(**options)).double()
+    state, groups = vae.state_dict(), vae.config["norm_num_groups"]
+    used = set()
+
+    def p(name):
+        used.update((f"{name}.weight", f"{name}.bias"))
+        return state[f"{name}.weight"], state[f"{name}.bias"]
+
+    def conv(name, h, **how):
+        weight, bias = p(name)
+        return F.conv2d(h, weight, bias, **{"padding": weight.shape[-1] // 2, **how})
+
+    def norm(name, h):
+        return F.group_norm(h, groups, *p(name), eps=1e-6)
+
+    def resnet(name, h):
+        out = conv(f"{name}.conv1", F.silu(norm(f"{name}.norm1", h)))
+        out = conv(f"{name}.conv2", F.silu(norm(f"{name}.norm2", out)))
+        changes = f"{name}.conv_shortcut.weight" in state
+        return out + (conv(f"{name}.conv_shortcut", h) if changes else h)
+
+    def resnets(name, h):
+        for i in range(sum(f"{name}.resnets.{j}.norm1.weight" in state for j in range(9))):
+            h = resnet(f"{name}.resnets.{i}", h)
+        return h
+
+    def middle(name, h):
+        h = resnet(f"{name}.resnets.0", h)
+        if vae.config["mid_block_add_attention"]:
+            a = f"{name}.attentions.0"
+            tokens = norm(f"{a}.group_norm", h).flatten(2).transpose(1, 2)
+            q, k, v = (F.linear(tokens, *p(f"{a}.to_{n}")) for n in "qkv")
+            weights = (q @ k.transpose(1, 2) / q.shape[-1] ** 0.5).softmax(-1)
+            h = h + F.linear(weights @ v, *p(f"{a}.to_out.0")).transpose(1, 2).view(h.shape)
+        return resnet(f"{name}.resnets.1", h)
+
+    def end(name, h):
+        return conv(f"{name}.conv_out", F.silu(norm(f"{name}.conv_norm_out", h)))
+
+    levels = len(vae.config["block_out_channels"])
+    x = randn(3, 3, 7, 10, dtype=torch.float64)
+    h = conv("encoder.conv_in", x)
+    for i in range(levels):
+        h = resnets(f"encoder.down_blocks.{i}", h)
+        if i < levels - 1:
+            h = conv(f"encoder.down_blocks.{i}.downsamplers.0.conv", F.pad(h, (0, 1, 0, 1)), stride=2, padding=0)
+    moments = end("encoder", middle("encoder.mid_block", h))
+    if vae.config["use_quant_conv"]:
+        moments = conv("quant_conv", moments)
+    torch.testing.assert_close(vae.encode(x), moments)
+
+    z = moments.chunk(2, dim=1)[0]
+    h = conv("post_quant_conv", z) if vae.config["use_post_quant_conv"] else z
+    h = middle("decoder.mid_block", conv("decoder.conv_in", h))
+    for i in range(levels):
+        h = resnets(f"decoder.up_blocks.{i}", h)
+        if i < levels - 1:
+            h = conv(f"decoder.up_blocks.{i}.upsamplers.0.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3))
+    torch.testing.assert_close(vae.decode(z), end("decoder", h))
+    assert used == set(state)
+
+
 # ---- LooUFormer
 
 LOOUFORMER_OPTIONS = {
@@ -224,6 +311,20 @@ def test_tables_fit_their_size(randomized):
         network.prepare(None, 8, 8)
 
 
+def test_loouformer_trains_under_autocast(randomized):
+    """Activations are bfloat16, parameters and their gradients float32, near those without autocast."""
+    network, x, gradients = randomized(loouformer()), randn(2, 2, 8, 8), []
+    for enabled in (False, True):
+        network.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            v = network(x, torch.tensor([0.3, 0.9]))
+        assert v.dtype == (torch.bfloat16 if enabled else torch.float32)
+        v.float().square().mean().backward()
+        assert all(p.grad.dtype == torch.float32 for p in network.parameters())
+        gradients.append(torch.cat([p.grad.flatten() for p in network.parameters()]))
+    assert (gradients[1] - gradients[0]).norm() < 0.03 * gradients[0].norm()
+
+
 def test_loouformer_compiles_without_a_break(randomized):
     network, x = randomized(loouformer()), randn(1, 2, 8, 8)
     compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
@@ -299,7 +400,8 @@ def test_patches_are_flattened_row_column_channel(randomized):
 
     # The split is the inverse arrangement: with an identity for a projection it gives the image back.
     split = network.proj_out
-    split.proj = torch.nn.Identity()
+    split.proj = torch.nn.Conv2d(12, 12, 1, bias=False)
+    split.proj.weight = torch.nn.Parameter(torch.eye(12)[..., None, None])
     assert torch.equal(split(tokens), x)
 
 
@@ -494,7 +596,7 @@ def test_window_over_the_whole_map_is_global_attention(randomized):
     features = randn(2, 16, 7, 7)
     pos = models.layers.axial_positions(7, 7, torch.float32, features.device)
     attn, free = local.down_blocks[0][0].attn, everywhere.down_blocks[0][0].attn
-    torch.testing.assert_close(attn(features, pos), free(features, pos))
+    torch.testing.assert_close(attn(features, *attn.pos_emb(pos)), free(features, *free.pos_emb(pos)))
 
 
 # ---- SwinIR
@@ -600,7 +702,7 @@ def test_swinir_windows_as_defined(randomized):
 # ---- configs and errors
 
 
-@pytest.mark.parametrize("build", [sim_vae, loouformer, swinir, hdit])
+@pytest.mark.parametrize("build", [sim_vae, autoencoder_kl, loouformer, swinir, hdit])
 def test_config_rebuilds_the_network(build):
     network = build()
     again = type(network)(**network.config)
@@ -609,7 +711,7 @@ def test_config_rebuilds_the_network(build):
     assert repr(network)
 
 
-@pytest.mark.parametrize("build", [sim_vae, loouformer, swinir, hdit])
+@pytest.mark.parametrize("build", [sim_vae, autoencoder_kl, loouformer, swinir, hdit])
 def test_keys_of_published_config_files(build):
     network = build(_class_name="Official", _diffusers_version="0.30.0", _name_or_path="somewhere")
     assert not [key for key in network.config if key.startswith("_")]
@@ -638,6 +740,10 @@ def test_an_unknown_option_names_the_nearest(build, typo, meant):
         (sim_vae, dict(mid_block_out_channel=8), "mid_block_out_channel 8 must equal"),
         (sim_vae, dict(down_block_types=["EncoderBlock2D"]), "down_block_types names 1 blocks"),
         (sim_vae, dict(block_out_channels=[24, 24], norm_type="group_norm"), "32 groups do not divide 24"),
+        (autoencoder_kl, dict(act_fn="relu"), "act_fn must be silu"),
+        (autoencoder_kl, dict(down_block_types=["DownEncoderBlock2D"]), "down_block_types names 1 blocks"),
+        (autoencoder_kl, dict(up_block_types=["UpDecoderBlock2D", "AttnUpDecoderBlock2D"]), "must all be UpDecoder"),
+        (autoencoder_kl, dict(norm_num_groups=5), "5 groups do not divide 8"),
         (loouformer, dict(dwconv_type="depthwise"), "dwconv_type must be one of"),
         (loouformer, dict(downsample_method="pool"), "downsample_method must be one of"),
         (loouformer, dict(downsample_kernel_size=5), "needs kernel size 3"),
@@ -676,6 +782,8 @@ def test_options_that_do_not_fit(build, options, message):
 def test_inputs_that_do_not_fit():
     with pytest.raises(ValueError, match=r"multiples of 2, got 6x5; pad the image"):
         sim_vae().encode(torch.zeros(1, 3, 6, 5))
+    with pytest.raises(ValueError, match=r"at least 2, got 1x8; pad the image"):
+        autoencoder_kl().encode(torch.zeros(1, 3, 1, 8))
     with pytest.raises(ValueError, match=r"multiples of 4, got 8x6; pad the image"):
         swinir()(torch.zeros(1, 3, 8, 6))
     with pytest.raises(ValueError, match="sigma is missing"):
@@ -695,6 +803,8 @@ def test_presets():
     assert 108 <= sizes["loouformer"] <= 118
     assert (round(sizes["hdit-imagenet256sp4"], 1), round(sizes["hdit-xl2"], 1)) == (160.5, 121.5)
     assert round(sizes["swinir-l"], 1) == 15.8
+    # Published: 83.65 million (Stable Diffusion 1.5) and 83.82 million (FLUX.1) parameters.
+    assert abs(sizes["sd-vae"] - 83.65) < 0.01 and abs(sizes["flux-vae"] - 83.82) < 0.01
     assert small.config["in_channels"] == 4
     with pytest.raises(ValueError, match="no preset 'sim-vae'; there are .*sim-vae-c32"):
         models.build("sim-vae")

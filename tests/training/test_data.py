@@ -70,5 +70,13 @@ def test_a_resumed_loader_continues_where_it_stopped(faces, workers):
     assert all(torch.equal(a, b) for a, b in zip(whole[4:], rest))
 
 
+def test_opencv_has_no_threads_left_when_workers_are_forked(faces):
+    import cv2
+
+    cv2.setNumThreads(4)
+    assert len(list(batches(make(faces, 4), 2, 1))) == 2
+    assert cv2.getNumThreads() == 1
+
+
 def test_the_last_incomplete_batch_is_kept_on_request(faces):
     assert sum(len(b[0]) for b in batches(make(faces), 3, 0, keep_rest=True)) == 20
