@@ -1,5 +1,6 @@
 """The engine: degraded pixels in, restored pixels out, as one replay a batch on a GPU."""
 
+import contextvars
 import logging
 import threading
 from collections import OrderedDict
@@ -111,6 +112,7 @@ class Engine:
         self._prepared = Prepared(pipeline, compile)
         self.stages = self._prepared.stages
         self._forced = registry.forced_backend()
+        self._context = contextvars.copy_context()  # other choices of backends, such as use_attention's
         self._backends = resolved_backends(self.device, self._forced)
         self._region = Region(self.stages)
         strict = registry.strict() if strict is None else strict
@@ -284,9 +286,15 @@ class Engine:
 
     # ---- one bucket
 
-    @torch.no_grad()
     def _compute(self, plan: Plan, rows: Tensor | Sequence[Tensor], seeds: Tensor | Sequence[int], steps: int, keep):
-        """Run a bucket on the current stream → keep((images, means, finite)), views of as many rows as there are."""
+        """Run a bucket on the current stream → keep((images, means, finite)), views of as many rows as there are.
+
+        Whatever the thread, backends are those that were chosen where the engine was made.
+        """
+        return self._context.copy().run(self._compute_here, plan, rows, seeds, steps, keep)
+
+    @torch.no_grad()
+    def _compute_here(self, plan: Plan, rows, seeds, steps: int, keep):
         count = len(rows)
         with self._lock, self._on_device(), self._in_turn(), use_backend(self._forced or "auto"):
             held = self._bucket(plan)

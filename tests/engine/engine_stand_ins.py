@@ -6,11 +6,11 @@ build of PyTorch, and Pure refuses what a capture would: host tensors, values re
 """
 
 from contextlib import ExitStack, contextmanager
+from unittest.mock import patch
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.overrides import TorchFunctionMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -74,30 +74,19 @@ class Recording(TorchDispatchMode):
 def fake():
     """Tensors made inside are fake, and those of a GPU work in a build of PyTorch without CUDA too."""
     with ExitStack() as stack:
-        stack.enter_context(FakeTensorMode())
         if not torch.backends.cuda.is_built():
-            stack.enter_context(Unguarded())
+            # Methods that ask for a device's guard, which such a build lacks: the operations behind them.
+            for name, method in UNGUARDED.items():
+                stack.enter_context(patch.object(FakeTensor, name, method, create=True))
+            # By which tables of measured launches are found.
+            stack.enter_context(patch("torch.cuda.get_device_name", lambda device=None: "a GPU without tables"))
+        stack.enter_context(FakeTensorMode())
         yield
 
 
-class Unguarded(TorchFunctionMode):
-    """Methods that ask for a device's guard, which a build without CUDA lacks, by the operations behind them."""
-
-    behind = {
-        Tensor.contiguous: torch.ops.aten.contiguous,
-        Tensor.copy_: torch.ops.aten.copy_,
-        Tensor.__invert__: torch.ops.aten.bitwise_not,
-    }
-
-    def __torch_function__(self, func, types, args=(), kwargs=None):
-        if func is Tensor.__getitem__:
-            return indexed(*args)
-        if func is Tensor.__setitem__:
-            x, key, value = args
-            view = indexed(x, key)
-            torch.ops.aten.copy_(view, value) if isinstance(value, Tensor) else view.fill_(value)
-            return None
-        return self.behind.get(func, func)(*args, **(kwargs or {}))
+def assigned(x: Tensor, key, value) -> None:
+    view = indexed(x, key)
+    torch.ops.aten.copy_(view, value) if isinstance(value, Tensor) else view.fill_(value)
 
 
 def indexed(x: Tensor, key) -> Tensor:
@@ -121,6 +110,17 @@ def indexed(x: Tensor, key) -> Tensor:
         tensors.append(k if isinstance(k, Tensor) else None)
         axis += 1
     return torch.ops.aten.index.Tensor(x, tensors) if any(t is not None for t in tensors) else x
+
+
+UNGUARDED = {
+    "__getitem__": indexed,
+    "__setitem__": assigned,
+    "__invert__": lambda x: torch.ops.aten.bitwise_not(x),
+    "contiguous": lambda x, memory_format=torch.contiguous_format: torch.ops.aten.contiguous(
+        x, memory_format=memory_format
+    ),
+    "copy_": lambda x, other, non_blocking=False: torch.ops.aten.copy_(x, other, non_blocking),
+}
 
 
 class Impure(AssertionError):
