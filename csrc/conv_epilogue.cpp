@@ -125,11 +125,13 @@ void forward(const Tensor& x, const Tensor& bias, const Tensor* residual, bool c
       job(out_data + first, x_data + first, at(r_data, first), bias_data, rows, count);
     };
     if (channels_last) {
-      torch::stable::parallel_for(0, d.outer, std::max<int64_t>(1, kGrain / 4 / d.channels), [&](int64_t begin, int64_t end) {
+      const int64_t grain = std::max<int64_t>(1, kGrain / 4 / d.channels);
+      torch::stable::parallel_for(0, d.outer, grain, [&](int64_t begin, int64_t end) {
         run(begin * d.channels, end - begin, d.channels, b.data.data(), [](auto... args) { pixels_job(args...); });
       });
     } else {
-      torch::stable::parallel_for(0, d.outer * d.channels, std::max<int64_t>(1, kGrain / 4 / d.inner), [&](int64_t begin, int64_t end) {
+      const int64_t grain = std::max<int64_t>(1, kGrain / 4 / d.inner);
+      torch::stable::parallel_for(0, d.outer * d.channels, grain, [&](int64_t begin, int64_t end) {
         for (int64_t plane = begin; plane < end; ++plane)
           run(plane * d.inner, 1, d.inner, &b.data[plane % d.channels], [](auto... args) { planes_job(args...); });
       });

@@ -33,7 +33,8 @@ struct Taps {
   // flipped: the transposed convolution's weight, without a bias
   Taps(const Tensor& w, const Tensor* b, bool flipped = false)
       : weight(9 * w.size(0)), bias(w.size(0)), channels(w.size(0)) {
-    STD_TORCH_CHECK(w.is_contiguous() && w.numel() == 9 * channels, "lpmrf_cpp: expected a contiguous (C, 1, 3, 3) weight");
+    STD_TORCH_CHECK(w.is_contiguous() && w.numel() == 9 * channels,
+                    "lpmrf_cpp: expected a contiguous (C, 1, 3, 3) weight");
     dispatch(w.scalar_type(), [&](auto type) {
       const auto data = static_cast<decltype(type)>(w.const_data_ptr());
       for (int64_t c = 0; c < channels; ++c)
