@@ -334,14 +334,15 @@ def _config(kernel: str, q: Tensor, k: Tensor) -> dict[str, int]:
 
 def _default(kernel: str, q: Tensor) -> dict[str, int]:
     """Tiles of 128 queries where there are enough of them to fill a large GPU, else 64. Every choice fits 99 KB."""
-    wide = tile_size(q.shape[3]) > 64
+    block_d = tile_size(q.shape[3])
+    wide, padded = block_d > 64, block_d != q.shape[3]  # masks along the channels cost registers
     if q.dtype == torch.float32:
         return {"BLOCK_M": 32, "BLOCK_N": 32, "STAGES": 1, "num_warps": 4 if kernel == "attention_dkdv" else 8}
     if kernel == "attention":
-        many = q.shape[0] * q.shape[1] * q.shape[2] >= 256 * 128
+        many = q.shape[0] * q.shape[1] * q.shape[2] >= 256 * 128 and not padded
         return {"BLOCK_M": 128 if many else 64, "BLOCK_N": 64, "STAGES": 2, "num_warps": 8 if many else 4}
     warps = 8 if wide and kernel == "attention_dkdv" else 4
-    return {"BLOCK_M": 64, "BLOCK_N": 32 if wide else 64, "STAGES": 2, "num_warps": warps}
+    return {"BLOCK_M": 64, "BLOCK_N": 32 if wide or padded else 64, "STAGES": 2, "num_warps": warps}
 
 
 def _constants(q: Tensor) -> dict[str, int | bool]:

@@ -421,8 +421,9 @@ def _default(kernel: str, q: Tensor) -> dict[str, int]:
         return {"TILE_H": 8, "TILE_W": 4, "BLOCK_N": 32, "STAGES": 1, "num_warps": 8}
     if kernel == "neighborhood_attention_2d":
         return {"TILE_H": 8, "TILE_W": 8, "BLOCK_N": 64, "STAGES": 2 if wide else 3, "num_warps": 4}
-    warps = 8 if wide and kernel.endswith("dkdv") else 4
-    return {"TILE_H": 8, "TILE_W": 8, "BLOCK_N": 32 if wide else 64, "STAGES": 2, "num_warps": warps}
+    if kernel.endswith("dkdv"):
+        return {"TILE_H": 8, "TILE_W": 8, "BLOCK_N": 32, "STAGES": 2, "num_warps": 8 if wide else 4}
+    return {"TILE_H": 8, "TILE_W": 8, "BLOCK_N": 32 if wide else 64, "STAGES": 2, "num_warps": 4}
 
 
 def _constants(q: Tensor, kernel_size: int) -> dict[str, int | bool]:
