@@ -188,6 +188,19 @@ def test_sigterm_between_saves_saves_the_step_it_is_at(folder, tmp_path):
     assert_same(trainer, resumed)
 
 
+def test_sigterm_to_every_process_of_the_job(folder, tmp_path):
+    """As job managers send it: workers must not die before the trainer has saved."""
+    script = (
+        "honest = t.stage.loss\n"
+        "def loss(*a):\n    os.killpg(0, signal.SIGTERM) if t.step == 2 else None\n    return honest(*a)\n"
+        "os.setpgid(0, 0); t.stage.loss = loss"
+    )
+    process = started(folder, tmp_path / "out", script, workers=2, steps=50, save_every=100)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 143 and "stopped at step 3, all saved" in said, said
+    assert Trainer("vae", config(folder, tmp_path / "out", steps=50)).step == 3
+
+
 # ---- checkpoints
 
 
