@@ -64,8 +64,8 @@ def _moments_kernel(
     count = tl.zeros((BLOCK_P,), dtype=tl.float32)
     # Relative to the chunk's first pixel: a large mean costs no digits.
     start = tl.zeros((1,), dtype=tl.int64) + (pid % chunks) * steps * BLOCK_P
-    offs = b * stride_xb + image_offsets(start, c, width, stride_xc, stride_xh, stride_xw, FLAT)
-    shift = tl.load(x_ptr + offs, mask=mask_c[None, :], other=0.0).to(tl.float32)  # [1, BLOCK_C]
+    first = b * stride_xb + image_offsets(start, c, width, stride_xc, stride_xh, stride_xw, FLAT)
+    shift = tl.load(x_ptr + first, mask=mask_c[None, :], other=0.0).to(tl.float32)  # [1, BLOCK_C]
     for i in range(steps):  # Welford's, in each place of the tile: no exchange between threads in the loop
         mask_p = p < pixels
         mask = mask_p[:, None] & mask_c[None, :]

