@@ -70,6 +70,7 @@ def plain():
         for name in ops.__all__:
             if hasattr(reference, name):
                 stack.enter_context(patch.object(ops, name, getattr(reference, name)))
+        stack.enter_context(patch.object(flow, "euler_step", reference.euler_step))
         stack.enter_context(patch.object(models.layers, "linear", plain_linear))
         for module in vars(models).values():
             if hasattr(module, "pointwise"):
