@@ -22,11 +22,11 @@ class LatentCache:
 
     Pass 2k holds degradation k, pass 2k + 1 degradation k of the mirror images. A killed run continues with the first
     missing pass. `ends(clean, degraded)` computes (source, target) of a uint8 batch. The folder remembers what it was
-    made from; other networks or settings make it anew.
+    made from; other networks or settings make it anew. device: where `ends` computes.
     """
 
-    def __init__(self, folder: Path, paths: list[Path], config: TrainConfig, ends):
-        self.folder, self.passes = folder, 2 * config.cache
+    def __init__(self, folder: Path, paths: list[Path], config: TrainConfig, ends, device: torch.device):
+        self.folder, self.passes, self.device = folder, 2 * config.cache, device
         recipe = {
             "paths": [str(p) for p in paths],
             "size": config.size,
@@ -63,8 +63,8 @@ class LatentCache:
         for clean, degraded in batches(faces, 4, config.workers, keep_rest=True):
             if p % 2:
                 clean, degraded = clean.flip(-1), degraded.flip(-1)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-                source, target = ends(clean, degraded)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                source, target = ends(clean.to(self.device), degraded.to(self.device))
             sources.append(source.half().cpu())
             targets.append(target.half().cpu())
             bar.update(len(clean))

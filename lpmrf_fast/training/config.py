@@ -122,6 +122,9 @@ class TrainConfig:
     """bf16 (autocast) or fp32."""
     compile: bool = False
     """Through torch.compile: minutes at the start, fewer milliseconds a step on a GPU."""
+    activation_checkpointing: bool = False
+    """Blocks keep their inputs alone and compute the rest again on the way back: larger batches in less memory, at the
+    price of a second forward pass. Gradients stay the same."""
     fsdp: bool = False
     """Several processes share out parameters, gradients, optimiser and EMA (FSDP) where each would hold all (DDP)."""
     seed: int = 0

@@ -252,8 +252,8 @@ class FlowStage(Stage):
     def dataset(self, samples):
         if not self.config.cache:
             return super().dataset(samples)
-        cache = LatentCache(Path(self.config.out) / "latents", find_images(self.config.train), self.config, self.ends)
-        return cache.dataset(samples)
+        faces, folder = find_images(self.config.train), Path(self.config.out) / "latents"
+        return LatentCache(folder, faces, self.config, self.ends, self.device).dataset(samples)
 
     def encode(self, x: Tensor) -> Tensor:
         """[0, 1] pixels → the space of the flow: scaled latents, or the pixels themselves."""
