@@ -37,16 +37,16 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--out", type=Path, required=True, help="folder for runs, NAME.json and NAME.png")
     parser.add_argument("--train", required=True, help="clean faces, as the trainer takes them")
     parser.add_argument("--val", required=True, help="clean faces of other people")
-    parser.add_argument("--faces", type=int, default=50, help="validation faces (default: %(default)s)")
+    parser.add_argument("--faces", type=int, default=32, help="validation faces (default: %(default)s)")
     parser.add_argument(
         "--size", type=int, default=64, help="pixels of a side, a multiple of 32 (default: %(default)s)"
     )
     parser.add_argument("--width", type=float, default=1.0, help="factor on the networks' widths (default: 1)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (default: %(default)s)")
-    parser.add_argument("--flow-tflop", type=float, default=1.6, help="training compute of a flow, in 10^12 FLOPs")
-    parser.add_argument("--vae-tflop", type=float, default=3.2, help="of a VAE")
-    parser.add_argument("--mean-tflop", type=float, default=6.4, help="of the posterior mean, which all flows share")
+    parser.add_argument("--flow-tflop", type=float, default=1.2, help="training compute of a flow, in 10^12 FLOPs")
+    parser.add_argument("--vae-tflop", type=float, default=8.0, help="of a VAE")
+    parser.add_argument("--mean-tflop", type=float, default=3.2, help="of the posterior mean, which all flows share")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="auto")
     return parser
@@ -165,8 +165,9 @@ class Study:
         return self.run("flow", name, seed, compute, points, **options)
 
     def latent_pmrf(self, seed: int, kind: str = "sim") -> list[dict]:
+        """In the latents of the VAE of seed 0, as all flows of a study."""
         mean = self.mean()
-        self.vae(kind, seed)
+        self.vae(kind, 0)
         ends = {"posterior_mean": str(mean), "vae": str(self.folder / "model")}
         return self.flow(f"latent-pmrf-{kind}", seed, self.loouformer(), **ends)
 

@@ -3,7 +3,8 @@
     python -m benchmarks.claims.vae --out claims --train faces --val faces-val
 
 Trains a Sim-VAE (layer norm) and a Stable-Diffusion-style VAE (group norm, attention in the middle) of equally many
-parameters and equal latents with equal compute on the same crops, and a Latent-PMRF flow of equal compute on each.
+parameters and equal latents with equal compute on the same crops, and with `--restoration` Latent-PMRF flows of equal
+compute on those of seed 0.
 """
 
 from . import study
@@ -13,14 +14,12 @@ MEASURES = {"psnr": "higher", "ssim": "higher", "swd": "lower"}
 
 
 def runs(s: study.Study) -> dict[str, dict[str, list[list[dict]]]]:
+    """What → VAE → rows of each seed."""
     seeds = range(s.args.seeds)
-    return {
-        kind: {
-            "reconstruction": [s.vae(kind, seed) for seed in seeds],
-            "restoration": [s.latent_pmrf(seed, kind) for seed in seeds],
-        }
-        for kind in KINDS
-    }
+    found = {"reconstruction": {kind: [s.vae(kind, seed) for seed in seeds] for kind in KINDS}}
+    if s.args.restoration:
+        found["restoration"] = {kind: [s.latent_pmrf(seed, kind) for seed in seeds] for kind in KINDS}
+    return found
 
 
 def verdict(sim: list[float], sd: list[float], better: str) -> str:
@@ -35,20 +34,21 @@ def verdict(sim: list[float], sd: list[float], better: str) -> str:
 def table(found) -> dict:
     """What → measure → both VAEs' last scores and which is better."""
     result = {}
-    for what in ("reconstruction", "restoration"):
+    for what, by_kind in found.items():
         result[what] = {}
         for measure, better in MEASURES.items():
-            last = {kind: [rows[-1][measure] for rows in found[kind][what]] for kind in KINDS}
+            last = {kind: [rows[-1][measure] for rows in by_kind[kind]] for kind in KINDS}
             result[what][measure] = {KINDS[k]: study.spread(v) for k, v in last.items()}
             result[what][measure]["better"] = verdict(last["sim"], last["sd"], better)
     return result
 
 
 def plot(args, found) -> None:
-    figure, plots = study.axes(2, f"Sim-VAE and an SD-style VAE of equal size, {args.size}x{args.size} faces")
-    for ax, what, measure in zip(plots, ("reconstruction", "restoration"), ("psnr", "swd")):
+    panels = [(what, measure) for what in found for measure in ("psnr", "swd")]
+    figure, plots = study.axes(len(panels), f"Sim-VAE and an SD-style VAE of equal size, {args.size}x{args.size} faces")
+    for ax, (what, measure) in zip(plots, panels):
         for kind, colour in (("sim", "tab:blue"), ("sd", "tab:green")):
-            for seed, rows in enumerate(found[kind][what]):
+            for seed, rows in enumerate(found[what][kind]):
                 label = KINDS[kind] if seed == 0 else None
                 x, y = [r["tflop"] for r in rows[1:]], [r[measure] for r in rows[1:]]
                 ax.plot(x, y, ".-", color=colour, alpha=0.7, label=label)
@@ -58,7 +58,9 @@ def plot(args, found) -> None:
 
 
 def main(argv=None) -> None:
-    args = study.arguments(__doc__).parse_args(argv)
+    parser = study.arguments(__doc__)
+    parser.add_argument("--restoration", action="store_true", help="also train a flow on each VAE")
+    args = parser.parse_args(argv)
     s = study.Study(args)
     found = s.gather(runs)
     results = table(found)
@@ -67,8 +69,8 @@ def main(argv=None) -> None:
         KINDS[k]: {
             "parameters": study.parameters("vae", model),
             "training_gflop_an_image": round(study.training_flops("vae", model, args.size) / 1e9, 3),
-            "steps": found[k]["reconstruction"][0][-1]["step"],
-            "training_seconds": study.spread([rows[-1]["seconds"] for rows in found[k]["reconstruction"]]),
+            "steps": found["reconstruction"][k][0][-1]["step"],
+            "training_seconds": study.spread([rows[-1]["seconds"] for rows in found["reconstruction"][k]]),
         }
         for k, model in models.items()
     }

@@ -18,11 +18,11 @@ LATENT = {**training.SMALL_LATENT, "block_dims": [32, 64], "block_layers": [1, 1
 PIXEL = {**training.SMALL_PIXEL, "widths": [32, 64], "depths": [1, 1], "dropout_rate": [0.1, 0.1], "mapping_width": 32}
 PIXEL["self_attns"] = [{"type": "neighborhood", "d_head": 16, "kernel_size": 3}, {"type": "global", "d_head": 16}]
 TINY = {
-    "vae": ("vae", VAE, 32, 2, 2),
-    "vae, SD style": ("vae", SD, 32, 2, 2),
-    "posterior mean": ("posterior-mean", SWINIR, 64, 2, 2),
-    "flow in latents": ("flow", LATENT, 112, 2, 2),
-    "flow in pixels": ("flow", PIXEL, 32, 2, 2),
+    "vae": ("vae", VAE, 32, 16, 2),
+    "vae, SD style": ("vae", SD, 32, 16, 2),
+    "posterior mean": ("posterior-mean", SWINIR, 64, 16, 2),
+    "flow in latents": ("flow", LATENT, 112, 16, 2),
+    "flow in pixels": ("flow", PIXEL, 32, 16, 2),
 }
 
 
