@@ -7,6 +7,8 @@ parameters, on the same faces, degradations, posterior mean, batch, rate and opt
 the compute. The factor is how much more PMRF needs for the same sliced Wasserstein distance. The paper has 5.79.
 """
 
+import sys
+
 from . import study
 
 METHODS = {"latent": "Latent-PMRF", "pixel": "PMRF"}
@@ -33,20 +35,18 @@ def cost(rows: list[dict], quality: float, unit: str) -> float | None:
 
 
 def factors(latent: list[list[dict]], pixel: list[list[dict]], unit: str, levels: int = 5) -> list[dict]:
-    """Pixel's cost over latent's, seed by seed, at distances that every run reaches after its first row.
+    """Pixel's cost over latent's, seed by seed, at distances that every run reaches by training.
 
-    They go evenly from what all runs have reached at the latest by the worst run's best.
+    They go evenly from the worst run's best, which is the hardest, to what every run has at its first row.
     """
     every = latent + pixel
-    worst_best = max(min(row["swd"] for row in rows) for rows in every)
-    easiest = min(rows[1]["swd"] for rows in every)
-    if easiest <= worst_best:
-        easiest = worst_best
-    distances = sorted({round(worst_best + (easiest - worst_best) * i / (levels - 1), 6) for i in range(levels)})
+    hardest = max(min(row["swd"] for row in rows) for rows in every)
+    easiest = max(hardest, min(rows[1]["swd"] for rows in every))
     found = []
-    for distance in distances:
-        ratios = [cost(p, distance, unit) / cost(z, distance, unit) for z, p in zip(latent, pixel)]
-        found.append({"swd": round(distance, 2), "factor": study.spread(ratios)})
+    for distance in dict.fromkeys(hardest + (easiest - hardest) * i / (levels - 1) for i in range(levels)):
+        costs = [(cost(z, distance, unit), cost(p, distance, unit)) for z, p in zip(latent, pixel)]
+        if all(z and p for z, p in costs):
+            found.append({"swd": round(distance, 2), "factor": study.spread([p / z for z, p in costs])})
     return found
 
 
@@ -78,6 +78,8 @@ def main(argv=None) -> None:
     s = study.Study(args)
     found = s.gather(runs)
     at = {unit: factors(found["latent"], found["pixel"], unit) for unit in ("tflop", "seconds")}
+    if not at["tflop"]:
+        sys.exit("convergence: some run has not become better at all; give it more compute (--flow-tflop)")
     best = at["tflop"][0]["factor"]
     said = verdict(best["values"])
     low, high = min(best["values"]), max(best["values"])

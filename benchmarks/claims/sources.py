@@ -35,6 +35,15 @@ def at_budget(rows: list[dict], tflop: float) -> dict:
     return [row for row in rows if row["tflop"] <= 1.02 * tflop][-1]
 
 
+def plot(args, last: dict[str, list[dict]]) -> None:
+    figure, ax = study.axes(1, f"Distortion and perception after equal compute, {args.size}x{args.size} faces")
+    for name, rows in last.items():
+        ax.plot([r["psnr"] for r in rows], [r["swd"] for r in rows], "o", label=name)
+    ax.set(xlabel="PSNR, dB", ylabel="sliced Wasserstein distance", yscale="log")
+    ax.legend(fontsize=7)
+    figure.savefig(args.out / "sources.png", dpi=100)
+
+
 def main(argv=None) -> None:
     parser = study.arguments(__doc__)
     parser.add_argument(
@@ -66,12 +75,7 @@ def main(argv=None) -> None:
         " compute: the flow from noise has the farthest to go."
     )
     study.write(args, "sources", caption, table=table)
-    figure, ax = study.axes(1, f"Distortion and perception after equal compute, {args.size}x{args.size} faces")
-    for name, rows in last.items():
-        ax.plot([r["psnr"] for r in rows], [r["swd"] for r in rows], "o", label=name)
-    ax.set(xlabel="PSNR, dB", ylabel="sliced Wasserstein distance", yscale="log")
-    ax.legend(fontsize=7)
-    figure.savefig(args.out / "sources.png", dpi=100)
+    plot(args, last)
 
 
 if __name__ == "__main__":

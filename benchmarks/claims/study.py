@@ -44,7 +44,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--width", type=float, default=1.0, help="factor on the networks' widths (default: 1)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (default: %(default)s)")
-    parser.add_argument("--flow-tflop", type=float, default=1.2, help="training compute of a flow, in 10^12 FLOPs")
+    parser.add_argument("--flow-tflop", type=float, default=0.8, help="training compute of a flow, in 10^12 FLOPs")
     parser.add_argument("--vae-tflop", type=float, default=8.0, help="of a VAE")
     parser.add_argument("--mean-tflop", type=float, default=3.2, help="of the posterior mean, which all flows share")
     parser.add_argument("--threads", type=int, default=1)
@@ -154,14 +154,12 @@ class Study:
     def flow(self, name: str, seed: int, model: dict, budget: float = 1.0, points: int = 6, **options) -> list[dict]:
         """Rows of a flow with `budget` times the compute."""
         compute = self.args.flow_tflop * budget
+        # Runs that start alike share their latents, whatever their seed.
+        start = [options.get(key) for key in ("source", "condition", "posterior_mean", "vae")]
+        latents = self.args.out / "latents" / hashlib.sha256(json.dumps(start).encode()).hexdigest()[:8]
+        options |= {"model": model, "time_sampling": "stratified", "cache": 2, "latents": str(latents), "lr": 1e-3}
         # The rate stays constant, as PMRF's: a row of a long run is then the last one of a short run.
-        options = {
-            "model": model,
-            "schedule": "constant",
-            "time_sampling": "stratified",
-            "cache": 2,
-            "lr": 1e-3,
-        } | options
+        options["schedule"] = "constant"
         return self.run("flow", name, seed, compute, points, **options)
 
     def latent_pmrf(self, seed: int, kind: str = "sim") -> list[dict]:

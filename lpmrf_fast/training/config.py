@@ -63,6 +63,8 @@ class TrainConfig:
     """Where training images are degraded: "cpu", by the workers, or "device", by the GPU, one image after another."""
     cache: int = 0
     """flow: degradations a face (and its mirror image) whose latents are computed once and kept; 0: computed live."""
+    latents: str | None = None
+    """flow: folder of the cache, which runs of other seeds and velocity networks may share; none: `out`/latents."""
     workers: int = 2
 
     # objective
