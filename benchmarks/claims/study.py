@@ -44,7 +44,7 @@ def arguments(doc: str) -> argparse.ArgumentParser:
     parser.add_argument("--width", type=float, default=1.0, help="factor on the networks' widths (default: 1)")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seeds", type=int, default=3, help="runs of everything (default: %(default)s)")
-    parser.add_argument("--flow-tflop", type=float, default=0.8, help="training compute of a flow, in 10^12 FLOPs")
+    parser.add_argument("--flow-tflop", type=float, default=0.4, help="training compute of a flow, in 10^12 FLOPs")
     parser.add_argument("--vae-tflop", type=float, default=8.0, help="of a VAE")
     parser.add_argument("--mean-tflop", type=float, default=3.2, help="of the posterior mean, which all flows share")
     parser.add_argument("--threads", type=int, default=1)
@@ -171,7 +171,7 @@ class Study:
 
     def pmrf(self, seed: int, budget: float = 1.0) -> list[dict]:
         mean = str(self.mean())
-        return self.flow("pmrf", seed, self.hdit(), budget, points=round(4 * budget), posterior_mean=mean)
+        return self.flow("pmrf", seed, self.hdit(), budget, points=round(3 * budget), posterior_mean=mean)
 
     def run(self, stage: str, name: str, seed: int, tflop: float, points: int, **options) -> list[dict]:
         """Train for so much compute, scored `points` times and before the first step; returns the scores' rows.

@@ -179,8 +179,7 @@ class Engine:
         if any(photo.device.type != "cpu" for photo, _ in job.rows):
             raise ValueError("Engine.submit takes photos in the CPU's memory; call restore for those on a device")
         with self._lock:
-            if self._closed:
-                raise RuntimeError("this engine is closed; make another one")
+            self._check_open()
             if self._worker is None:
                 lane = CudaLane(self._compute, self.device) if self.device.type == "cuda" else HostLane(self._compute)
                 self._worker = Worker(lane, self._choose, self._retreat, self._waiting)
@@ -190,11 +189,32 @@ class Engine:
 
     def warm_up(self, height: int, width: int, batch: int | None = None, num_inference_steps: int = 25) -> Plan:
         """Run a bucket on black pixels and capture it now; the plan. Raises as restoring does."""
+        self._check_open()
         batch = batch or max(1, self.limit(height, width))
         plan = self.plan(height, width, batch, num_inference_steps)
         for _ in range(2):
             self._compute(plan, [], [], num_inference_steps, lambda results: None)
         return plan
+
+    def buffers(self, plan: Plan) -> Buffers:
+        """A bucket's static tensors, for programs that feed it themselves: write pixels and seeds, then `replay`.
+
+        Both belong on one stream, with nobody else using this plan meanwhile. They stay while the plan is among the
+        last ones used (`BUCKETS`); `replay` returns those that it used.
+        """
+        self._check_open()
+        with self._lock, self._on_device():
+            return self._bucket(plan).buffers
+
+    def replay(self, plan: Plan, num_inference_steps: int = 25) -> Buffers:
+        """Run a bucket on what stands in its buffers, on the current stream; images, means and finite are there then.
+
+        num_inference_steps: those of the plan, or any for one of mode "step".
+        """
+        self._check_open()
+        if plan.steps not in (None, num_inference_steps):
+            raise ValueError(f"this plan has {plan.steps} steps, got {num_inference_steps}")
+        return self._compute(plan, None, None, num_inference_steps, lambda results: self._buckets[plan].buffers)
 
     def close(self, cancel: bool = False) -> None:
         """Finish what was submitted (cancel: only what has begun), end the thread, free graphs and buffers."""
@@ -286,16 +306,17 @@ class Engine:
 
     # ---- one bucket
 
-    def _compute(self, plan: Plan, rows: Tensor | Sequence[Tensor], seeds: Tensor | Sequence[int], steps: int, keep):
+    def _compute(self, plan: Plan, rows, seeds, steps: int, keep):
         """Run a bucket on the current stream → keep((images, means, finite)), views of as many rows as there are.
 
-        Whatever the thread, backends are those that were chosen where the engine was made.
+        rows: photos, or pixels (n, 3, H, W); None: what stands in the buffers. Whatever the thread, backends are those
+        that were chosen where the engine was made.
         """
         return self._context.copy().run(self._compute_here, plan, rows, seeds, steps, keep)
 
     @torch.no_grad()
     def _compute_here(self, plan: Plan, rows, seeds, steps: int, keep):
-        count = len(rows)
+        count = plan.batch if rows is None else len(rows)
         with self._lock, self._on_device(), self._in_turn(), use_backend(self._forced or "auto"):
             held = self._bucket(plan)
             buffers = held.buffers
@@ -306,9 +327,10 @@ class Engine:
             self._region.refresh(buffers)
             if isinstance(rows, Tensor):
                 buffers.pixels[:count].copy_(rows)
-            else:
+            elif rows is not None:
                 fill(buffers.pixels, rows)
-            buffers.seeds[:count].copy_(torch.as_tensor(seeds, dtype=torch.int64))
+            if seeds is not None:
+                buffers.seeds[:count].copy_(torch.as_tensor(seeds, dtype=torch.int64))
             self._run(plan, held, steps)
             return keep([t[:count] for t in (buffers.images, buffers.means, buffers.finite)])
 
@@ -337,6 +359,10 @@ class Engine:
         self._buckets.move_to_end(plan)
         return held
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine is closed; make another one")
+
     def _on_device(self):
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
@@ -358,8 +384,7 @@ class Engine:
     # ---- jobs
 
     def _job(self, images, steps, seeds, view: bool = False) -> Job:
-        if self._closed:
-            raise RuntimeError("this engine is closed; make another one")
+        self._check_open()
         flow.time_grid(steps)
         photos = _photos(images)
         seeds = _seeds(seeds, len(photos))

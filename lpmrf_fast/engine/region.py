@@ -79,8 +79,8 @@ class Segment:
 class Region:
     """The chain of a pipeline's stages, written into a bucket's buffers.
 
-    stages: a pipeline, or anything with its predict_mean, encode, add_noise, tables, velocity_at, decode, state_dtype
-        and eps.
+    stages: a pipeline, or anything with its predict_mean, encode, add_noise, tables, velocity_at, euler_step, decode,
+        state_dtype and eps.
     mark(name): a context entered around each stage, for those who count.
     """
 
@@ -111,7 +111,7 @@ class Region:
         knots = flow.time_grid(plan.steps, self.stages.eps)
         with self.mark("velocity"):
             for k, (t, after) in enumerate(zip(knots, knots[1:])):
-                z = ops.euler_step(z, self.stages.velocity_at(z, buffers.times[k], buffers.tables, k), after - t)
+                z = self.stages.euler_step(z, buffers.times[k], after - t, buffers.tables, k)
         self._finish(buffers, z)
 
     def _begin(self, buffers: Buffers) -> None:

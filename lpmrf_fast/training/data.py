@@ -245,5 +245,7 @@ def _collate(items: list):
 
 
 def _start_worker(_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's own handler would keep a worker alive
+    # Job managers send it to every process of a job: the trainer still has a step to finish and save, then its workers
+    # end as at the end of an epoch. They also end when it dies.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

@@ -230,6 +230,24 @@ def test_outputs_are_copies_unless_a_view_is_asked_for(photos):
             fast.restore(a + b, 1, view=True)
 
 
+@pytest.mark.parametrize("mode", ["eager", "graph", "step"])
+def test_a_program_may_feed_the_static_buffers_itself(pipe, photos, mode):
+    images = torch.stack(photos((64, 64), (64, 64)))
+    with pipe.engine(batch_size=2, mode=mode, capturer=Tape()) as fast:
+        expected = fast.restore(images, STEPS, [3, 4])
+        plan = fast.plan(64, 64, 2, STEPS)
+        buffers = fast.buffers(plan)
+        for order in ([0, 1], [1, 0], [0, 1]):
+            buffers.pixels.copy_(images[order])
+            buffers.seeds.copy_(torch.tensor([3, 4])[order])
+            assert fast.replay(plan, STEPS) is buffers and buffers.finite.all()
+            for ours, theirs in ((buffers.images, expected.images), (buffers.means, expected.posterior_means)):
+                assert (ours.int() - theirs[order].int()).abs().max() <= 1
+        if mode != "step":
+            with pytest.raises(ValueError, match="this plan has 2 steps, got 3"):
+                fast.replay(plan, 3)
+
+
 def test_lists_come_back_as_lists_and_tensors_as_tensors(photos):
     images = photos((8, 8), (8, 8))
     with constant().engine(batch_size=2) as fast:
@@ -387,9 +405,10 @@ def test_closing(photos):
     fast.close()
     assert future.result().finite.all()
     fast.close()
-    for call in (fast.restore, fast.submit):
+    plan, image = fast.plan(8, 8), photos((8, 8))
+    for call in (fast.restore, fast.submit, lambda *_: fast.warm_up(8, 8), lambda *_: fast.replay(plan)):
         with pytest.raises(RuntimeError, match="this engine is closed; make another one"):
-            call(photos((8, 8)), 1)
+            call(image, 1)
 
 
 # ---- unusable arguments
