@@ -18,7 +18,8 @@ RoPE        Tables cos and sin rotate q and k in front, in PyTorch, whoever atte
             convolution in front applies them in its own pass.
 
 C++         Heads of any size and layout; a block of 48 queries goes through its head's keys in tiles of 64, which
-            lie in the thread's cache as float32, transposed once. Everything is float32 until the one rounding of the result.
+            lie in the thread's cache as float32, transposed once. Everything is float32 until the one
+            rounding of the result.
 
 Of the Triton kernels:
 Dtypes      q, k and v float32, bfloat16 or float16, all alike.
