@@ -40,7 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = F
 def _onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Eager inference on a CPU: oneDNN's product has no gradient and no autocast rule."""
     return (
-        x.device.type == "cpu"
+        not torch.compiler.is_compiling()  # first: what follows cannot be traced
+        and x.device.type == "cpu"
         and type(x) is Tensor
         and x.dtype in _onednn_dtypes()
         and x.dtype == weight.dtype
@@ -48,7 +49,6 @@ def _onednn_takes(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and x.numel() > 0
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and torch.backends.mkldnn.enabled
-        and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
     )
 
