@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels --device cpu --out benchmarks/results/kernels-cpu.json
     python -m benchmarks.kernels --device cuda --ops layer_norm_2d attention --no-compile
-    python -m benchmarks.kernels --device cpu --dtype fp32 --ops bias_silu --add --out benchmarks/results/kernels-cpu.json
+    python -m benchmarks.kernels --device cpu --dtype fp32 --ops bias_silu --add --out kernels-cpu.json
 
 Every provider's result is checked before the clock starts. Prints a table; the JSON has a row a provider, and the
 machine. `README.md` says how to read a row. On a CPU only ratios within a run mean something: providers take turns.

@@ -425,6 +425,8 @@ def _fill(network: nn.Module, tensors: Mapping[str, Tensor], keep_dtype: bool = 
     wanted = network.state_dict()
     tensors = {_renamed(name, wanted): tensor for name, tensor in tensors.items()}
     network.load_state_dict(tensors, strict=False)  # strict but for RECOMPUTED, see above
+
+
 RENAMED = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 """Layers of AutoencoderKL's attention in older published files → their names now."""
 

@@ -55,10 +55,21 @@ def sample(
     and float64 for a float64 source. callback(k, t, z), k counted from 0, sees the state z that step k reached and
     its time t = t_{k+1}. Nothing is mutated; returns the state at t = 1. Exact on straight paths.
     """
+    return integrate(lambda k, z, t, dt: euler_step(z, velocity(z, t), dt), z, num_steps, eps, callback)
+
+
+def integrate(
+    step: Callable[[int, Tensor, float, float], Tensor],
+    z: Tensor,
+    num_steps: int,
+    eps: float = 0.0,
+    callback: Callable[[int, float, Tensor], None] | None = None,
+) -> Tensor:
+    """`sample` with steps of one's own: step(k, z, t, dt) returns the state at t + dt."""
     times = time_grid(num_steps, eps)
     z = z.to(torch.promote_types(z.dtype, torch.float32))
     for k, (t, after) in enumerate(zip(times, times[1:])):
-        z = euler_step(z, velocity(z, t), after - t)
+        z = step(k, z, t, after - t)
         if callback is not None:
             callback(k, after, z)
     return z

@@ -250,12 +250,24 @@ class Pipeline:
 
         tables: what `tables` made for several times, of which `step` is this one's index, an int or an int64 (1,).
         """
-        x = z.to(_dtype_of(self.velocity), memory_format=torch.channels_last)
+        x = self._velocity_input(z)
         if tables is not None:
             v = self.velocity(x, tables=tables, step=step)
             return -v if self._time_runs_down else v
         t = torch.as_tensor(t, dtype=z.dtype, device=z.device).expand(z.shape[0])  # never rounded to a network's dtype
         return flow.velocity(self.velocity, x, t, self.time_runs_down)
+
+    def euler_step(self, z: Tensor, t: float | Tensor, dt: float, tables=None, step: int | None = None) -> Tensor:
+        """z + dt · v(z, t), arguments as for `velocity_at`; with tables, one pass with the network's last layers where
+        it can (`fuses_euler`).
+        """
+        if tables is None or not getattr(self.velocity, "fuses_euler", False):
+            return ops.euler_step(z, self.velocity_at(z, t, tables, step), dt)
+        euler = (z, -dt if self._time_runs_down else dt)
+        return self.velocity(self._velocity_input(z), tables=tables, step=step, euler=euler)
+
+    def _velocity_input(self, z: Tensor) -> Tensor:
+        return z.to(_dtype_of(self.velocity), memory_format=torch.channels_last)
 
     def tables(self, times: Tensor, height: int, width: int):
         """What the velocity network knows from times (K,) and the size of the state alone, for `velocity_at`.
@@ -298,9 +310,8 @@ class Pipeline:
         """
         times = flow.time_grid(num_inference_steps, self.eps)[:-1]
         tables = self.tables(torch.tensor(times, dtype=z.dtype, device=z.device), *z.shape[-2:])
-        steps = {t: k for k, t in enumerate(times)}
-        velocity = lambda z, t: self.velocity_at(z, t, tables, steps[t])
-        return flow.sample(velocity, z, num_inference_steps, self.eps, callback_on_step_end)
+        step = lambda k, z, t, dt: self.euler_step(z, t, dt, tables, k)
+        return flow.integrate(step, z, num_inference_steps, self.eps, callback_on_step_end)
 
     def restore(
         self,

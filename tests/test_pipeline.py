@@ -108,7 +108,7 @@ def pixel_pipe(fixture):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_golden_pixel_chain(golden, dtype):
+def test_golden_pixel_chain(golden, dtype, monkeypatch):
     """Every stored intermediate of PMRF: images in [0, 1], time runs up, v = clean - source."""
     fixture = golden("pmrf_pipeline")
     close, out = fixture.assert_close, fixture.outputs
@@ -122,7 +122,8 @@ def test_golden_pixel_chain(golden, dtype):
         close(mean, "x_posterior_mean")
         close(pipe.add_noise(pipe.encode(mean), noise=noise), "x_source")
     asked, states = [], []
-    pipe.velocity.register_forward_pre_hook(lambda module, inputs: asked.append(inputs[1]))
+    prepare = pipe.velocity.prepare
+    monkeypatch.setattr(pipe.velocity, "prepare", lambda times, *size: asked.append(times) or prepare(times, *size))
     result = pipe(y, K, noise=noise, output_type="pt", callback_on_step_end=lambda k, t, z: states.append((k, t, z)))
     assert torch.cat(asked).tolist() == pytest.approx(out["t"].tolist(), abs=1e-7)
     assert [(k, t) for k, t, _ in states] == [(k, pytest.approx((k + 1) / K)) for k in range(K)]
@@ -149,6 +150,27 @@ def test_a_velocity_network_says_which_way_its_time_runs(golden, pipe):
         expected = (0.5 - z3) / 0.75
         torch.testing.assert_close(PMRFPipeline(mean, towards).velocity_at(z3, 0.25), expected)
         torch.testing.assert_close(LatentPMRFPipeline(mean, pipe.vae, towards).velocity_at(z3, 0.75), -expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("down", [False, True])
+def test_steps_are_fused_where_the_network_can(golden, dtype, down, monkeypatch):
+    """PMRF's chain with the step inside the network, and with the two apart; either direction of time."""
+    pipe = pixel_pipe(golden("pmrf_pipeline")).to(dtype=dtype)
+    z = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    z = z.to(torch.promote_types(dtype, torch.float32))
+    monkeypatch.setattr(models.HDiT, "time_runs_down", down)
+    steps = []
+    pipe.velocity.register_forward_pre_hook(lambda _, args, kwargs: steps.append(kwargs["euler"][1]), with_kwargs=True)
+    with torch.no_grad():
+        fused = pipe.sample(z, 3)
+        assert steps == [pytest.approx(-1 / 3 if down else 1 / 3)] * 3
+        monkeypatch.setattr(models.HDiT, "fuses_euler", False)
+        pipe.velocity._forward_pre_hooks.clear()
+        apart = pipe.sample(z, 3)
+    assert fused.dtype == apart.dtype == z.dtype
+    bound = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 0.05}[dtype]
+    assert 0 < (apart - z).abs().max() and (fused - apart).abs().max() <= bound * (apart - z).abs().max()
 
 
 # ---- dtypes between and inside the networks
@@ -487,8 +509,7 @@ def test_nothing_that_the_image_does_not_decide_is_computed_in_the_loop(pipe, ra
         monkeypatch.setattr(AxialRoPE, "forward", counted(calls, AxialRoPE.forward))
         torch.testing.assert_close(pipe.sample(z, 5), expected, rtol=1e-12, atol=1e-12)
     blocks = sum(isinstance(module, AxialRoPE) for module in pipe.velocity.modules())
-    timed = ["time_condition"] if time_embed_dim else []
-    assert calls == ["prepare", *timed, *["rope"] * blocks]
+    assert calls == ["prepare", "time_condition", *["rope"] * blocks]
 
 
 def counted(calls, forward):

@@ -411,9 +411,20 @@ def upsample_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 
 
 def output_euler(
-    x: Tensor, norm_weight: Tensor, eps: float, weight: Tensor, bias: Tensor | None, z: Tensor, dt: float
+    x: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    weight: Tensor,
+    bias: Tensor | None,
+    z: Tensor,
+    dt: float,
+    patch=(1, 1),
 ) -> Tensor:
-    """z + dt · projection(RMSNorm(x)) in z's dtype; x (B, C, H, W), weight (O, C) of a 1x1 convolution."""
+    """z + dt · projection(RMSNorm(x)) in z's dtype; x (B, C, H, W), weight (O, C) of a 1x1 convolution.
+
+    Outputs are the pixels of a patch, ordered (row, column, channel).
+    """
     y = rms_norm_2d(x, norm_weight, eps)
-    v = F.linear(y.movedim(1, -1), weight.to(y.dtype), None if bias is None else bias.to(y.dtype)).movedim(-1, 1)
-    return euler_step(z, v, dt)
+    v = F.linear(y.movedim(1, -1), weight.to(y.dtype), None if bias is None else bias.to(y.dtype))
+    v = v.unflatten(-1, (*patch, -1)).permute(0, 5, 1, 3, 2, 4)  # (B, channels, H, p, W, q)
+    return euler_step(z, v.reshape(z.shape), dt)

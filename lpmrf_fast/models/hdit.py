@@ -1,7 +1,7 @@
 """HDiT, the velocity network of PMRF (arXiv 2410.00418): k-diffusion's hourglass diffusion transformer in pixels.
 
 Neighborhood attention on the fine levels, global attention on the coarse one, cosine-similarity logits with a learned
-scale a head, axial RoPE, gated feed-forward layers. Activations are (B, H, W, C) inside and there are no biases.
+scale a head, axial RoPE, gated feed-forward layers; no biases.
 
 `sigma` is the flow's time here: 0 = source, 1 = clean, and v = clean - source.
 """
@@ -13,19 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lpmrf_kernels as ops
-from lpmrf_kernels import reference
 
+from . import hourglass
 from .config import records_config
-from .layers import (
-    AdaRMSNorm2d,
-    AxialRoPE,
-    KeepsFloat32,
-    MappingNetwork,
-    RMSNorm,
-    axial_positions,
-    coarser_positions,
-    zero_,
-)
+from .hourglass import Hourglass, Level, TokenMerge, TokenSplit, as_map, attend
+from .layers import AdaRMSNorm2d, AxialRoPE, KeepsFloat32, MappingNetwork, RMSNorm2d, pointwise, zero_
 
 
 def _preset(widths, depths, mapping_width) -> dict:
@@ -55,23 +47,6 @@ PRESETS = {
 FACTOR = 3
 """Hidden width of the feed-forward layers and of the mapping network, in units of their width."""
 KINDS = ("neighborhood", "global", "shifted-window")
-
-
-def cosine_heads(qkv: Tensor, num_heads: int, scale: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, H, W, 3C) → q, k, v, each (B, H, W, heads, D), ready for plain dot products.
-
-    q and k get the length sqrt(scale) of their head, eps 1e-6 under the root, then RoPE; in at least float32.
-    """
-    q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
-    wide = torch.promote_types(qkv.dtype, torch.float32)
-    length = scale.to(wide).sqrt()[:, None]
-
-    def turned(x):
-        y = x.to(wide)
-        y = y * (length * torch.rsqrt(y.square().sum(-1, keepdim=True) + 1e-6))
-        return reference.rope(y, cos, sin).to(x.dtype)
-
-    return turned(q), turned(k), v
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, size: int, shift: int) -> Tensor:
@@ -110,7 +85,7 @@ class FourierFeatures(KeepsFloat32):
 
 
 class SelfAttention(nn.Module):
-    """x + out_proj(attention(norm(x))); `kind` as in the constructor's self_attns, `index` the block's in its level."""
+    """out_proj(attention(h)), h = norm(x). kind: an entry of the constructor's self_attns, index: the block's."""
 
     def __init__(self, width: int, cond_dim: int, kind: dict, index: int, dropout: float):
         super().__init__()
@@ -118,7 +93,7 @@ class SelfAttention(nn.Module):
         self.num_heads = width // head_dim
         if self.num_heads * head_dim != width or head_dim % 8:
             raise ValueError(f"HDiT: d_head {head_dim} must divide the width {width} and be a multiple of 8")
-        self.kernel_size = kind.get("kernel_size", 7)
+        self.kernel_size = kind.get("kernel_size", 7) if self.type == "neighborhood" else None
         self.window_size = kind.get("window_size")
         self.shift = index % 2 * (self.window_size // 2) if self.type == "shifted-window" else 0
         self.norm = AdaRMSNorm2d(width, cond_dim, bias=False)
@@ -128,22 +103,19 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.out_proj = zero_(nn.Linear(width, width, bias=False))
 
-    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
-        q, k, v = cosine_heads(
-            self.qkv_proj(normed(self.norm, x, cond)), self.num_heads, self.scale, *self.pos_emb(pos)
-        )
-        if self.type == "neighborhood":
-            out = ops.neighborhood_attention_2d(q, k, v, self.kernel_size, scale=1.0)
-        elif self.type == "shifted-window":
-            out = window_attention(q, k, v, self.window_size, self.shift)
+    def forward(self, h: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        qkv = pointwise(self.qkv_proj, h)
+        # Logits are plain products: q and k have the length of the square root of their head's scale.
+        q, k, v = ops.dwconv_rope_qkv(qkv, self.num_heads, cos=cos, sin=sin, scale=self.scale)
+        if self.type == "shifted-window":
+            out = as_map(window_attention(q, k, v, self.window_size, self.shift))
         else:
-            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-            out = ops.attention(q, k, v, scale=1.0).transpose(1, 2)
-        return x + self.out_proj(self.dropout(out.reshape(x.shape)))
+            out = attend(q, k, v, self.kernel_size, scale=1.0)
+        return pointwise(self.out_proj, self.dropout(out))
 
 
 class FeedForward(nn.Module):
-    """x + down(value · GELU(gate)), (value | gate) = up(norm(x)): the gate comes last here."""
+    """down(value · GELU(gate)), (value | gate) = up(h), h = norm(x): the gate comes last here."""
 
     def __init__(self, width: int, cond_dim: int, dropout: float):
         super().__init__()
@@ -152,72 +124,39 @@ class FeedForward(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.down_proj = zero_(nn.Linear(FACTOR * width, width, bias=False))
 
-    def forward(self, x: Tensor, cond: Tensor) -> Tensor:
-        value, gate = self.up_proj(normed(self.norm, x, cond)).chunk(2, dim=-1)
-        return x + self.down_proj(self.dropout(value * F.gelu(gate)))
+    def forward(self, h: Tensor) -> Tensor:
+        return pointwise(self.down_proj, self.dropout(ops.geglu(pointwise(self.up_proj, h), dim=1)))
 
 
-def normed(norm: AdaRMSNorm2d, x: Tensor, cond: Tensor) -> Tensor:
-    """The norm of (B, H, W, C): seen as (B, C, H, W), that is a channels-last tensor, and nothing is copied."""
-    return norm(x.permute(0, 3, 1, 2), cond).permute(0, 2, 3, 1)
-
-
-class Block(nn.Module):
+class Block(hourglass.Block):
     def __init__(self, width: int, cond_dim: int, kind: dict, index: int, dropout: float):
         super().__init__()
         self.self_attn = SelfAttention(width, cond_dim, kind, index, dropout)
         self.ff = FeedForward(width, cond_dim, dropout)
 
-    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
-        return self.ff(self.self_attn(x, pos, cond), cond)
+    def parts(self):
+        return self.self_attn.norm, self.self_attn, self.ff.norm, self.ff
 
 
-class Level(nn.ModuleList):
-    def forward(self, x: Tensor, pos: Tensor, cond: Tensor) -> Tensor:
-        for block in self:
-            x = block(x, pos, cond)
-        return x
+class SkipSplit(TokenSplit):
+    """To the finer level, and skip + fac · (split - skip) of what the way down left."""
+
+    def __init__(self, proj: nn.Linear):
+        super().__init__(proj)
+        self.fac = nn.Parameter(torch.full((1,), 0.5))
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return torch.lerp(skip, super().forward(x), self.fac.to(x.dtype))
 
 
-class TokenMerge(nn.Module):
-    """(B, H, W, C) → (B, H/p, W/q, out): patches flattened as (row offset, column offset, channel), then a matrix."""
-
-    def __init__(self, in_width: int, out_width: int, patch=(2, 2)):
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Linear(in_width * patch[0] * patch[1], out_width, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, H, W, C = x.shape
-        p, q = self.patch
-        x = x.reshape(B, H // p, p, W // q, q, C).transpose(2, 3)
-        return self.proj(x.reshape(B, H // p, W // q, p * q * C))
-
-
-class TokenSplit(nn.Module):
-    """The inverse of `TokenMerge`; with `merges_skip`, skip + fac · (split - skip) of what the way down left."""
-
-    def __init__(self, in_width: int, out_width: int, patch=(2, 2), merges_skip: bool = True):
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Linear(in_width, out_width * patch[0] * patch[1], bias=False)
-        self.fac = nn.Parameter(torch.full((1,), 0.5)) if merges_skip else None
-
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        B, H, W, _ = x.shape
-        p, q = self.patch
-        x = self.proj(x).view(B, H, W, p, q, -1).transpose(2, 3).reshape(B, H * p, W * q, -1)
-        return x if skip is None else torch.lerp(skip, x, self.fac.to(x.dtype))
-
-
-class HDiT(nn.Module):
+class HDiT(Hourglass):
     """velocity = HDiT(x, sigma): x (B, in_channels, H, W), velocity (B, out_channels, H, W), sigma (B,) or scalar.
 
     Pixels in [0, 1]; x may carry condition channels after its image (in_channels 6). sigma None is the official
     untimed form: a constant in place of the time embedding. Arguments are the official ones (PMRF's
     create_hdit_model). self_attns, one a level, finest first: {"type": "neighborhood", "d_head": 64, "kernel_size": 7},
     {"type": "global", "d_head": 64} or {"type": "shifted-window", "d_head": 64, "window_size": 8}.
-    H and W must be multiples of `multiple` and at least `minimum`, else ValueError.
+    Sizes and sampling: see `Hourglass`.
     """
 
     time_runs_down = False
@@ -246,7 +185,8 @@ class HDiT(nn.Module):
             raise ValueError(f"HDiT: mapping_width must be even, got {mapping_width}")
         patch = tuple(patch_size)
         # Modules are made in the official order: published training checkpoints list EMA weights by it.
-        self.patch_in = TokenMerge(in_channels, widths[0], patch)
+        area = patch[0] * patch[1]
+        self.patch_in = TokenMerge(nn.Linear(in_channels * area, widths[0], bias=False), patch)
         self.time_emb = FourierFeatures(1, mapping_width)
         self.time_in_proj = nn.Linear(mapping_width, mapping_width, bias=False)
         self.aug_emb = FourierFeatures(9, mapping_width)
@@ -263,22 +203,23 @@ class HDiT(nn.Module):
         self.down_levels = nn.ModuleList(level(i, 0) for i in finer)
         self.up_levels = nn.ModuleList(level(i, depths[i]) for i in finer)
         self.mid_level = level(-1, 0)
-        self.merges = nn.ModuleList(TokenMerge(fine, coarse) for fine, coarse in pairs)
-        self.splits = nn.ModuleList(TokenSplit(coarse, fine) for fine, coarse in pairs)
-        self.out_norm = RMSNorm(widths[0])
-        self.patch_out = TokenSplit(widths[0], out_channels, patch, merges_skip=False)
-        zero_(self.patch_out.proj)
+        self.merges = nn.ModuleList(TokenMerge(nn.Linear(4 * fine, coarse, bias=False)) for fine, coarse in pairs)
+        self.splits = nn.ModuleList(SkipSplit(nn.Linear(coarse, 4 * fine, bias=False)) for fine, coarse in pairs)
+        self.out_norm = RMSNorm2d(widths[0], eps=1e-6, name="scale")
+        self.patch_out = TokenSplit(zero_(nn.Linear(widths[0], out_channels * area, bias=False)), patch)
 
-        self.in_channels = in_channels
+        self.in_channels, self.patch = in_channels, patch
         cells = [2**i * (kind["window_size"] if kind["type"] == KINDS[2] else 1) for i, kind in enumerate(self_attns)]
         self.multiple = tuple(p * math.lcm(*cells) for p in patch)
-        """Height and width must be multiples of these."""
         needed = [2**i * kind.get("kernel_size", 7) for i, kind in enumerate(self_attns) if kind["type"] == KINDS[0]]
         self.minimum = tuple(p * max(needed, default=1) for p in patch)
-        """Height and width must be at least these, so that each level holds a whole attention window."""
+
+    def stack(self):
+        levels = self.down_levels, self.merges, self.mid_level, self.up_levels, self.splits
+        return self.patch_in, *levels, self.out_norm, self.patch_out
 
     def time_condition(self, sigma: Tensor | None) -> Tensor:
-        """sigma (B,) → the condition (B, mapping_width) of every norm; None: (1, mapping_width)."""
+        """sigma (K,) → the condition (K, mapping_width) of every norm; None: (1, mapping_width)."""
         weight = self.time_in_proj.weight
         if sigma is None:
             time = weight.new_ones(1, weight.shape[1])
@@ -287,32 +228,6 @@ class HDiT(nn.Module):
         # PMRF never sets k-diffusion's nine augmentation parameters; their embedding of zero is a learned constant.
         augmentation = self.aug_emb(self.aug_emb.weight.new_zeros(1, 9)).to(weight.dtype)
         return self.mapping(self.time_in_proj(time) + self.aug_in_proj(augmentation))
-
-    def forward(self, x: Tensor, sigma: Tensor | float | None = None) -> Tensor:
-        self._check(x)
-        cond = self.time_condition(None if sigma is None else torch.as_tensor(sigma, device=x.device).reshape(-1))
-        x = self.patch_in(x.permute(0, 2, 3, 1))
-        # Angles need float32 even where the network runs in half precision.
-        pos = axial_positions(x.shape[1], x.shape[2], torch.promote_types(x.dtype, torch.float32), x.device)
-        passed = []
-        for blocks, merge in zip(self.down_levels, self.merges):
-            x = blocks(x, pos, cond)
-            passed.append((x, pos))
-            x, pos = merge(x), coarser_positions(pos)
-        x = self.mid_level(x, pos, cond)
-        for blocks, split, (skip, pos) in reversed(list(zip(self.up_levels, self.splits, passed))):
-            x = blocks(split(x, skip), pos, cond)
-        return self.patch_out(self.out_norm(x)).permute(0, 3, 1, 2)
-
-    def _check(self, x):
-        if x.dim() != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"HDiT: x must be (B, {self.in_channels}, H, W), got the shape {tuple(x.shape)}")
-        size = tuple(x.shape[-2:])
-        if any(s % m for s, m in zip(size, self.multiple)) or any(s < m for s, m in zip(size, self.minimum)):
-            raise ValueError(
-                f"HDiT: height and width must be multiples of {self.multiple} and at least {self.minimum}, got {size};"
-                " pad the image"
-            )
 
 
 def _check_attention(kind) -> None:

@@ -11,19 +11,18 @@ from torch import Tensor, nn
 
 import lpmrf_kernels as ops
 
+from . import hourglass
 from .config import records_config
+from .hourglass import Hourglass, Level, TokenMerge, TokenSplit, attend
 from .layers import (
     AdaRMSNorm2d,
     AxialRoPE,
     GaussianFourierProjection,
     MappingNetwork,
     RMSNorm2d,
-    axial_positions,
-    coarser_positions,
     pointwise,
     zero_,
 )
-from .tables import BlockTables, Tables
 
 
 def _preset(dims, layers, types, windows, time_dim, in_channels, patch=1) -> dict:
@@ -101,15 +100,9 @@ class Attention(nn.Module):
         self.out_proj = nn.Conv2d(dim, dim, 1, bias=bias)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        B, C, H, W = x.shape
         qkv = pointwise(self.qkv_proj.conv, x)
         q, k, v = ops.dwconv_rope_qkv(qkv, self.num_heads, *self.qkv_proj.depthwise, cos, sin)
-        if self.window_size is None:
-            q, k, v = (t.flatten(1, 2).transpose(1, 2) for t in (q, k, v))
-            out = ops.attention(q, k, v).transpose(1, 2)
-        else:
-            out = ops.neighborhood_attention_2d(q, k, v, self.window_size)
-        return pointwise(self.out_proj, out.reshape(B, H, W, C).permute(0, 3, 1, 2))
+        return pointwise(self.out_proj, attend(q, k, v, self.window_size))
 
 
 class FeedForward(nn.Module):
@@ -126,12 +119,7 @@ class FeedForward(nn.Module):
         return pointwise(self.down_proj, h)
 
 
-class Block(nn.Module):
-    """x + attn(norm1(x)), then x + ff(norm2(x)).
-
-    The second branch is handed on unadded: the norm that comes next adds it in its own pass.
-    """
-
+class Block(hourglass.Block):
     def __init__(self, dim, head_dim, window_size, mult, cond_dim, dwconv, bias, zero_init):
         super().__init__()
         self.attn = Attention(dim, head_dim, window_size, dwconv, bias)
@@ -142,37 +130,8 @@ class Block(nn.Module):
             zero_(self.attn.out_proj)
             zero_(self.ff.down_proj)
 
-    def tables(self, pos: Tensor, cond: Tensor | None) -> BlockTables:
-        """What this block needs to know of the positions and of the condition (K, time_embed_dim) of K times."""
-        scales = () if cond is None else (self.norm1.linear(cond), self.norm2.linear(cond))
-        return BlockTables(*self.attn.pos_emb(pos), scales)
-
-    def forward(self, x: Tensor, branch: Tensor | None, tables: BlockTables) -> tuple[Tensor, Tensor]:
-        """(x, branch) of the block before, to be added, → (x, branch) of this one."""
-        scale1, scale2 = tables.scales or (None, None)
-        x, h = add_norm(self.norm1, x, branch, scale1)
-        x, h = add_norm(self.norm2, x, self.attn(h, tables.cos, tables.sin), scale2)
-        return x, self.ff(h)
-
-
-def add_norm(norm: AdaRMSNorm2d, x: Tensor, branch: Tensor | None, scale: Tensor | None) -> tuple[Tensor, Tensor]:
-    """x + branch, and its norm; scale (B, C) is the adaptive norm's, None that of the untimed one."""
-    if branch is None:
-        return x, norm(x, None) if scale is None else ops.ada_rms_norm_2d(x, scale, norm.eps)
-    if scale is None:
-        x = x + branch
-        return x, norm(x, None)
-    return ops.ada_rms_norm_2d(x, scale, norm.eps, residual=branch)
-
-
-class Level(nn.ModuleList):
-    """Blocks at one resolution."""
-
-    def forward(self, x: Tensor, tables: list[BlockTables]) -> Tensor:
-        branch = None
-        for block, known in zip(self, tables):
-            x, branch = block(x, branch, known)
-        return x if branch is None else x + branch
+    def parts(self):
+        return self.norm1, self.attn, self.norm2, self.ff
 
 
 class PatchEmbed(nn.Module):
@@ -184,36 +143,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.proj(x)
-
-
-class TokenMerge(nn.Module):
-    """Patches flattened as (row offset, column offset, channel), then a 1x1 convolution."""
-
-    def __init__(self, in_channels: int, out_channels: int, patch, bias: bool):
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv2d(in_channels * patch[0] * patch[1], out_channels, 1, bias=bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        B, C, H, W = x.shape
-        p, q = self.patch
-        x = x.reshape(B, C, H // p, p, W // q, q).permute(0, 3, 5, 1, 2, 4)
-        return pointwise(self.proj, x.reshape(B, p * q * C, H // p, W // q))
-
-
-class TokenSplit(nn.Module):
-    """The inverse of `TokenMerge`; its convolution always has a bias, as the official one."""
-
-    def __init__(self, in_channels: int, out_channels: int, patch):
-        super().__init__()
-        self.patch = patch
-        self.proj = nn.Conv2d(in_channels, out_channels * patch[0] * patch[1], 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = pointwise(self.proj, x)
-        B, C, H, W = x.shape
-        p, q = self.patch
-        return x.reshape(B, p, q, C // (p * q), H, W).permute(0, 3, 4, 1, 5, 2).reshape(B, -1, H * p, W * q)
 
 
 class Downsample(nn.Module):
@@ -255,22 +184,14 @@ class Upsample(nn.Module):
         return torch.lerp(skip, x, self.fac.to(x.dtype))
 
 
-class LooUFormer(nn.Module):
+class LooUFormer(Hourglass):
     """velocity = LooUFormer(x, sigma): x and velocity (B, in/out_channels, H, W), sigma (B,) or scalar in (0, 1].
 
     Arguments are the official ones. block_types: "neighborhood" (window_sizes, odd) or "global", finest level first;
     dwconv_type "dwconv" or "none"; upsample_method "interpolate" or "pixel_shuffle"; downsample_method "conv",
     "pixel_unshuffle+conv" or "conv+pixel_unshuffle"; patch_embed_type "conv" (patch_size unused) or "pixel_shuffle";
     time_embed_dim None: untimed, sigma must be None. mapping_dropout and scale are recorded and unused.
-    H and W must be multiples of `multiple`, and every level at least its window, else ValueError.
-
-    Sampling. Time embedding, scales of the adaptive norms, positions and rotary tables depend on the times and the size
-    alone, so a sampler computes them once, before its loop:
-
-        tables = network.prepare(sigmas, height, width)      # all K times, any batch
-        velocity = network(x, tables=tables, step=k)         # in place of network(x, sigmas[k])
-
-    `forward` without tables makes the same ones for its own times; with them it differs by a matrix product's rounding.
+    Sizes and sampling: see `Hourglass`.
     """
 
     time_runs_down = True
@@ -351,8 +272,10 @@ class LooUFormer(nn.Module):
             self.proj_in = PatchEmbed(in_channels, dims[0], use_bias)
             self.proj_out = PatchEmbed(dims[0], out_channels, use_bias)
         else:
-            self.proj_in = TokenMerge(in_channels, dims[0], patch, use_bias)
-            self.proj_out = TokenSplit(dims[0], out_channels, patch)
+            area = patch[0] * patch[1]
+            self.proj_in = TokenMerge(nn.Conv2d(in_channels * area, dims[0], 1, bias=use_bias), patch)
+            # Its convolution always has a bias, as the official one.
+            self.proj_out = TokenSplit(nn.Conv2d(dims[0], out_channels * area, 1), patch)
         self.down_blocks = nn.ModuleList(level(i) for i in finer)
         self.up_blocks = nn.ModuleList(level(i) for i in finer)
         self.mid_block = level(-1)
@@ -366,73 +289,23 @@ class LooUFormer(nn.Module):
         if zero_init_last_layer:
             zero_(self.proj_out.proj)
 
-        self.patch = patch
-        coarsest = 2 ** len(finer)
-        self.multiple = tuple(p * coarsest for p in patch)
-        """Height and width must be multiples of these."""
+        self.in_channels, self.patch = in_channels, patch
+        self.multiple = tuple(p * 2 ** len(finer) for p in patch)
         needed = [w * 2**i for i, (w, kind) in enumerate(zip(window_sizes, block_types)) if kind == "neighborhood"]
         self.minimum = tuple(p * max(needed, default=1) for p in patch)
-        """Height and width must be at least these, so that each level holds a whole attention window."""
 
-    def time_condition(self, sigma: Tensor) -> Tensor:
-        """sigma (B,) → the condition (B, time_embed_dim) of every norm."""
-        embedding = self.time_proj(sigma).to(self.timestep_embedder.weight.dtype)
-        return self.mapping(self.timestep_embedder(embedding))
+    def stack(self):
+        levels = self.down_blocks, self.downs, self.mid_block, self.up_blocks, self.ups
+        return self.proj_in, *levels, self.out_norm, self.proj_out
 
-    def prepare(self, sigmas: Tensor | list[float] | float | None, height: int, width: int) -> Tables:
-        """All that `forward` needs for these times (K,) and inputs of this height and width, whatever they contain.
-
-        sigmas: None for an untimed network. Raises ValueError for sizes that do not fit.
-        """
-        self._check(height, width, sigmas)
-        weight = self.proj_in.proj.weight
-        cond = None
-        if self.time_embed_dim is not None:
-            cond = self.time_condition(torch.as_tensor(sigmas, device=weight.device).reshape(-1))
-        # Angles need float32 even where the network runs in half precision.
-        dtype = torch.promote_types(weight.dtype, torch.float32)
-        positions = [axial_positions(height // self.patch[0], width // self.patch[1], dtype, weight.device)]
-        for _ in self.downs:
-            positions.append(coarser_positions(positions[-1]))
-        levels = [*zip(self.down_blocks, positions), (self.mid_block, positions[-1])]
-        levels += reversed(list(zip(self.up_blocks, positions)))
-        return Tables((height, width), [[block.tables(pos, cond) for block in blocks] for blocks, pos in levels])
-
-    def forward(
-        self,
-        x: Tensor,
-        sigma: Tensor | float | None = None,
-        *,
-        tables: Tables | None = None,
-        step: int | None = None,
-    ) -> Tensor:
-        H, W = x.shape[-2:]
-        if tables is None:
-            tables = self.prepare(sigma, H, W)
-        elif tables.size != (H, W):
-            raise ValueError(f"LooUFormer: the tables are for inputs of {tables.size}, got {(H, W)}; prepare others")
-        levels = iter(tables.at(step, len(x)))
-        x = self.proj_in(x)
-        skips = []
-        for blocks, down in zip(self.down_blocks, self.downs):
-            x = blocks(x, next(levels))
-            skips.append(x)
-            x = down(x)
-        x = self.mid_block(x, next(levels))
-        for blocks, up, skip in reversed(list(zip(self.up_blocks, self.ups, skips))):
-            x = blocks(up(x, skip), next(levels))
-        return self.proj_out(self.out_norm(x))
-
-    def _check(self, height, width, sigma):
-        size = (height, width)
-        if any(s % m for s, m in zip(size, self.multiple)) or any(s < m for s, m in zip(size, self.minimum)):
-            raise ValueError(
-                f"LooUFormer: height and width must be multiples of {self.multiple} and at least {self.minimum},"
-                f" got {size}; pad the input"
-            )
+    def time_condition(self, sigma: Tensor | None) -> Tensor | None:
         if (sigma is None) != (self.time_embed_dim is None):
             raise ValueError(
                 "LooUFormer: this network is untimed, call it without sigma"
                 if self.time_embed_dim is None
                 else "LooUFormer: sigma is missing; pass the time of each batch element"
             )
+        if sigma is None:
+            return None
+        embedding = self.time_proj(sigma).to(self.timestep_embedder.weight.dtype)
+        return self.mapping(self.timestep_embedder(embedding))

@@ -2,6 +2,7 @@
 
 A network that can has `prepare(times, height, width)`, which returns `Tables`, and `forward(x, tables=..., step=k)`,
 which uses the k-th of the times. Samplers ask for `prepare`; a network without it is simply called with each time.
+Where `fuses_euler`, `forward(x, tables=..., step=k, euler=(z, dt))` is the whole step, z + dt · velocity.
 """
 
 from typing import NamedTuple

@@ -19,6 +19,7 @@ STAGES = ("vae", "posterior-mean", "flow")
 PRESETS = Path(__file__).parent / "presets"
 CHOICES = {
     "objective": ("mse", "psnr"),
+    "optimizer": ("adamw", "muon"),
     "precision": ("bf16", "fp32"),
     "schedule": ("trapezoid", "constant", "cosine"),
     "time_sampling": TIME_SAMPLINGS,
@@ -63,6 +64,8 @@ class TrainConfig:
     """Where training images are degraded: "cpu", by the workers, or "device", by the GPU, one image after another."""
     cache: int = 0
     """flow: degradations a face (and its mirror image) whose latents are computed once and kept; 0: computed live."""
+    latents: str | None = None
+    """flow: folder of the cache, which runs of other seeds and velocity networks may share; none: `out`/latents."""
     workers: int = 2
 
     # objective
@@ -98,6 +101,8 @@ class TrainConfig:
     """Folder of a trained model to start from."""
 
     # optimisation
+    optimizer: str = "adamw"
+    """"adamw", or "muon" for weights of linear layers and 1x1 convolutions, AdamW for the rest; at the same lr."""
     steps: int = 100_000
     batch_size: int = 8
     """Images a step, over all processes and accumulated parts."""
@@ -122,6 +127,9 @@ class TrainConfig:
     """bf16 (autocast) or fp32."""
     compile: bool = False
     """Through torch.compile: minutes at the start, fewer milliseconds a step on a GPU."""
+    activation_checkpointing: bool = False
+    """Blocks keep their inputs alone and compute the rest again on the way back: larger batches in less memory, at the
+    price of a second forward pass. Gradients stay the same."""
     fsdp: bool = False
     """Several processes share out parameters, gradients, optimiser and EMA (FSDP) where each would hold all (DDP)."""
     seed: int = 0
@@ -165,6 +173,8 @@ class TrainConfig:
             raise ConfigError("lpips_weight needs lpips_weights, a file with AlexNet's or VGG16's weights")
         if self.fsdp and self.adversarial_weight:
             raise ConfigError("fsdp and adversarial_weight do not go together: the critic balances one whole gradient")
+        if self.fsdp and self.optimizer == "muon":
+            raise ConfigError('fsdp and optimizer "muon" do not go together: it needs whole matrices; use "adamw"')
         if self.crop is not None and self.crop > self.size:
             raise ConfigError(f"crop {self.crop} is larger than size {self.size}")
         if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1 or self.lr <= 0:

@@ -68,6 +68,11 @@ def members(shard: Path) -> list[Member]:
     return sorted(Member(str(shard), e.name, e.offset_data, e.size) for e in entries)
 
 
+def at_once(size: int) -> int:
+    """Faces of this size that go through frozen networks together: as many as fill four of 512x512."""
+    return max(1, 4 * 512 * 512 // size**2)
+
+
 class Unusable(ValueError):
     """An image that is left out, and why."""
 
@@ -240,5 +245,7 @@ def _collate(items: list):
 
 
 def _start_worker(_):
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's own handler would keep a worker alive
+    # Job managers send it to every process of a job: the trainer still has a step to finish and save, then its workers
+    # end as at the end of an epoch. They also end when it dies.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)

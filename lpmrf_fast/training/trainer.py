@@ -1,4 +1,4 @@
-"""One loop for all stages: batches, autocast, AdamW, EMA, checkpoints that resume, progress with an ETA.
+"""One loop for all stages: batches, autocast, AdamW or Muon, EMA, checkpoints that resume, progress with an ETA.
 
 One process or many (`accelerate launch` or `torchrun`): sample n of the run, its degradation, noise and time are the
 same however many processes share a step. Everything random follows from (seed, step), so that a run that was stopped
@@ -31,6 +31,8 @@ from .checkpoints import Checkpoints
 from .config import ConfigError, TrainConfig
 from .data import batches
 from .log import Log
+from .optimizers import build_optimizers
+from .recompute import recompute
 from .sharding import gathered, shard, share_out, whole
 from .stages import STAGES
 
@@ -103,20 +105,17 @@ class Trainer:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.ema.requires_grad_(False)
         state = self._read()
+        if config.activation_checkpointing:
+            recompute(self.model)
         self.sharded = config.fsdp and self.processes > 1
         if self.sharded:
             for network in (self.model, self.ema.module):
                 shard(network, self.device, self.processes)
-        trained = [p for p in self.model.parameters() if p.requires_grad]
-        decayed = [p for p in trained if p.dim() > 1]
-        others = [p for p in trained if p.dim() <= 1]
-        self.optimizer = torch.optim.AdamW(
-            [{"params": decayed}, {"params": others, "weight_decay": 0.0}],
-            lr=config.lr,
-            betas=tuple(config.betas),
-            weight_decay=config.weight_decay,
-        )
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda s: learning_rate(s, config))
+        self.optimizers = build_optimizers(self.model, config)
+        self.schedulers = [
+            torch.optim.lr_scheduler.LambdaLR(optimizer, lambda s: learning_rate(s, config))
+            for optimizer in self.optimizers.values()
+        ]
         self.critic_optimizer = None
         if self.stage.critic is not None:
             # Without momentum, as usual for critics: what it judges moves with every step.
@@ -148,13 +147,15 @@ class Trainer:
 
     def _resume(self, state: dict):
         with self._of_other_settings():
-            self.optimizer.load_state_dict(share_out(state["optimizer"], self.optimizer))
+            for name, optimizer in self.optimizers.items():
+                optimizer.load_state_dict(share_out(state[name], optimizer))
             if self.critic_optimizer:
                 self.critic_optimizer.load_state_dict(state["critic_optimizer"])
         self.step = state["step"]
-        self.scheduler.last_epoch = self.step
-        for group, factor in zip(self.optimizer.param_groups, self.scheduler.lr_lambdas):
-            group["lr"] = self.config.lr * factor(self.step)
+        for scheduler in self.schedulers:
+            scheduler.last_epoch = self.step
+            for group in scheduler.optimizer.param_groups:
+                group["lr"] = self.config.lr * learning_rate(self.step, self.config)
         if self.rank == 0:
             print(f"resuming {self.out} at step {self.step}", file=sys.stderr)
 
@@ -176,8 +177,8 @@ class Trainer:
         state = {
             "model": gathered(self.model.state_dict()),
             "ema": gathered(self.ema.state_dict()),
-            "optimizer": gathered(self.optimizer.state_dict()),
             "step": self.step,
+            **{name: gathered(optimizer.state_dict()) for name, optimizer in self.optimizers.items()},
         }
         if self.critic_optimizer:
             state["critic"] = self.stage.critic.state_dict()
@@ -249,9 +250,9 @@ class Trainer:
     def _step(self, loader, clock) -> dict:
         """One step of the optimisers; returns the terms of the loss."""
         c, sums = self.config, {}
-        optimizers = [self.optimizer, *([self.critic_optimizer] if self.critic_optimizer else [])]
-        for optimizer in optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        optimizers = [*self.optimizers.values(), *([self.critic_optimizer] if self.critic_optimizer else [])]
+        for network in (self.model, *([self.stage.critic] if self.critic_optimizer else [])):
+            network.zero_grad(set_to_none=True)
         for part in range(c.accumulate):
             batch = self._fetch(loader, clock)
             # Noise and times follow from (seed, step), so that a resumed run draws what an unbroken one would.
@@ -276,7 +277,8 @@ class Trainer:
         sums["grad_norm"] = gathered(nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip))
         for optimizer in optimizers:
             optimizer.step()
-        self.scheduler.step()
+        for scheduler in self.schedulers:
+            scheduler.step()
         self.ema.update_parameters(self.model)
         self.step += 1
         return sums
@@ -357,7 +359,7 @@ class Trainer:
     def _report(self, clock):
         terms, speed = clock.read(self.step, self.config.batch_size)
         left = (self.config.steps - self.step) / speed["steps_per_second"]
-        self.log.write(self.step, **terms, lr=self.optimizer.param_groups[0]["lr"], **speed, memory_gb=self._memory())
+        self.log.write(self.step, **terms, lr=self.schedulers[0].get_last_lr()[0], **speed, memory_gb=self._memory())
         said = " ".join(f"{k} {v:.4g}" for k, v in terms.items())
         eta = f"{int(left // 3600)}:{int(left // 60) % 60:02d}:{int(left) % 60:02d}"
         pace = f"{speed['steps_per_second']:.2f} steps/s  waiting {speed['loader_wait']:.0%}"

@@ -18,17 +18,18 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EPS, DT = torch.finfo(torch.float32).eps, -0.04
 
 
-def make(shape, dtype=torch.float32, device="cpu", layout="contiguous", z_layout="contiguous", bias=True):
+def make(shape, dtype=torch.float32, device="cpu", layout="contiguous", z_layout="contiguous", bias=True, patch=(1, 1)):
     B, C, H, W, outputs = shape
+    p, q = patch
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size):
         return torch.randn(size, generator=generator)
 
-    x, z = 3 * normal(B, C, H, W), arrange(normal(B, outputs, H, W), z_layout)
+    x, z = 3 * normal(B, C, H, W), arrange(normal(B, outputs // (p * q), H * p, W * q), z_layout)
     norm_weight, weight, shift = 1 + 0.3 * normal(C), normal(outputs, C) / C**0.5, normal(outputs)
     x, norm_weight, weight, shift = (t.to(dtype) for t in (arrange(x, layout), norm_weight, weight, shift))
-    arguments = x, norm_weight, EPS, weight, shift if bias else None, z, DT
+    arguments = x, norm_weight, EPS, weight, shift if bias else None, z, DT, patch
     return tuple(a.to(device) if isinstance(a, torch.Tensor) else a for a in arguments)
 
 
@@ -58,8 +59,27 @@ def test_layouts(place, layout, z_layout, poisoned_memory):
         assert_value(make((2, 9, 3, 5, 4), torch.bfloat16, place.device, layout, z_layout))
 
 
+@pytest.mark.parametrize("z_layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("patch", [(4, 4), (2, 3), (1, 5)])
+def test_patches(place, patch, z_layout, poisoned_memory):
+    """Outputs ordered (row, column, channel), as the networks split their tokens; written out here once."""
+    p, q = patch
+    arguments = make((2, 9, 3, 5, 3 * p * q), torch.bfloat16, place.device, "channels_last", z_layout, patch=patch)
+    x, norm_weight, eps, weight, bias, z, dt, _ = arguments
+    with place:
+        assert_value(arguments)
+        pixels = output_euler(*arguments)
+        tokens = output_euler(x, norm_weight, eps, weight, bias, x.new_zeros(2, 3 * p * q, 3, 5).float(), dt)
+    for row in range(p):
+        for column in range(q):
+            for channel in range(3):
+                step = (pixels - z)[:, channel, row::p, column::q]
+                expected = tokens[:, (row * q + column) * 3 + channel]
+                torch.testing.assert_close(step, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_without_bias_and_with_a_convolutions_weight(place):
-    x, norm_weight, eps, weight, _, z, dt = make((1, 20, 3, 4, 4), device=place.device, bias=False)
+    x, norm_weight, eps, weight, _, z, dt, _ = make((1, 20, 3, 4, 4), device=place.device, bias=False)
     with place:
         assert_value((x, norm_weight, eps, weight, None, z, dt))
         as_convolution = output_euler(x, norm_weight, eps, weight[:, :, None, None], None, z, dt)
@@ -67,7 +87,7 @@ def test_without_bias_and_with_a_convolutions_weight(place):
 
 
 def test_mixed_dtypes(place):
-    x, norm_weight, eps, weight, bias, z, dt = make((1, 20, 3, 4, 4), device=place.device)
+    x, norm_weight, eps, weight, bias, z, dt, _ = make((1, 20, 3, 4, 4), device=place.device)
     with place:
         assert_value((x.bfloat16(), norm_weight, eps, weight.half(), bias, z, dt))
 
@@ -120,7 +140,7 @@ def test_opcheck(place):
     with place:
         arguments = make((2, 9, 3, 4, 4), torch.float16, place.device, "channels_last")
         torch.library.opcheck(torch.ops.lpmrf.output_euler.default, arguments)
-        arguments = make((2, 9, 3, 4, 4), device=place.device, z_layout="channels_last", bias=False)
+        arguments = make((2, 9, 3, 4, 8), device=place.device, z_layout="channels_last", bias=False, patch=(2, 2))
         torch.library.opcheck(torch.ops.lpmrf.output_euler.default, arguments)
 
 
@@ -129,7 +149,7 @@ def test_compiles_and_exports():
         def forward(self, x, norm_weight, weight, z):
             return euler_step(output_euler(x, norm_weight, EPS, weight, None, z, DT), z, 1.0)
 
-    x, norm_weight, _, weight, _, z, _ = make((2, 9, 3, 4, 4), z_layout="channels_last")
+    x, norm_weight, _, weight, _, z, *_ = make((2, 9, 3, 4, 4), z_layout="channels_last")
     inputs = x, norm_weight, weight[:, :, None, None], z
     expected = Step()(*inputs)
     out = torch.compile(Step(), fullgraph=True, backend="aot_eager")(*inputs)
@@ -194,7 +214,8 @@ def test_a_wrong_kernel_fails_the_value_check(interpreted, module_of, monkeypatc
         ({2: float("nan")}, ValueError, "eps must be finite"),
         ({3: torch.zeros(4, 9, 3, 3)}, ValueError, r"weight \(O, C\) or \(O, C, 1, 1\)"),
         ({4: torch.zeros(5)}, ValueError, r"bias must be \(4,\)"),
-        ({5: torch.zeros(1, 1, 6, 8)}, ValueError, "must be shuffled first"),
+        ({5: torch.zeros(1, 1, 6, 8)}, ValueError, r"z must be \(1, 4, 3, 4\), got \(1, 1, 6, 8\)"),
+        ({7: (3, 1)}, ValueError, "4 outputs are no patches of 3 x 1 pixels"),
         ({5: torch.zeros(1, 4, 3, 4).half()}, TypeError, "z must be float32 or float64"),
         ({3: torch.zeros(4, 9).long()}, TypeError, "weight must have a float dtype"),
         ({1: torch.zeros(9, device="meta")}, ValueError, "one device"),

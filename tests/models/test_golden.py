@@ -94,7 +94,7 @@ def test_batches_do_not_mix(golden, name):
 
 
 def test_hdit_intermediates(golden):
-    """What the file stores on the way, to localise a mistake: NHWC there as here."""
+    """What the file stores on the way, to localise a mistake; NHWC there."""
     fixture = golden("hdit")
     network = fixture.network(HDiT)
     seen = {}
@@ -105,7 +105,7 @@ def test_hdit_intermediates(golden):
     for name, module in (
         ("patch_in", network.patch_in),
         ("cond", network.mapping),
-        ("attn0_plus_skip", network.down_levels[0][0].self_attn),
+        ("attention", network.down_levels[0][0].self_attn),
         ("down0", network.down_levels[0]),
         ("mid", network.mid_level),
         ("up_last", network.up_levels[0]),
@@ -113,6 +113,8 @@ def test_hdit_intermediates(golden):
         module.register_forward_hook(keep(name))
     with torch.no_grad():
         network(**fixture.inputs)
+    seen = {name: t.movedim(1, -1) for name, t in seen.items() if t.dim() == 4} | {"cond": seen["cond"]}
+    seen["attn0_plus_skip"] = seen["patch_in"] + seen.pop("attention")
     assert set(seen) | {"v"} == set(fixture.outputs)
     for name, actual in seen.items():
         fixture.assert_close(actual, name)
@@ -170,9 +172,11 @@ def plain_modules(monkeypatch):
         first, second = depthwise(x, weight, bias).chunk(2, dim=1)
         return F.gelu(first) * second if gate_first else first * F.gelu(second)
 
-    def heads(qkv, num_heads, weight, bias, cos, sin):
+    def heads(qkv, num_heads, weight=None, bias=None, cos=None, sin=None, scale=None):
         qkv = depthwise(qkv, weight, bias).permute(0, 2, 3, 1)
         q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).unbind(3)
+        if scale is not None:
+            q, k = (reference.cosine_similarity_scale(x, scale, 1e-6) for x in (q, k))
         return reference.rope(q, cos, sin), reference.rope(k, cos, sin), v
 
     def add_rms(x, scale, eps=1e-6, residual=None):
@@ -183,7 +187,7 @@ def plain_modules(monkeypatch):
     stock = {
         "dwconv_geglu": gate,
         "dwconv_rope_qkv": heads,
-        "geglu": lambda x: F.gelu(x.chunk(2, dim=-1)[1]) * x.chunk(2, dim=-1)[0],
+        "geglu": lambda x, dim=-1: F.gelu(x.chunk(2, dim)[1]) * x.chunk(2, dim)[0],
         "layer_norm_2d": layer_norm,
         "group_norm_silu": group_norm,
         "ada_rms_norm_2d": add_rms,

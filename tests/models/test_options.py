@@ -1,6 +1,7 @@
 """Options of the networks that no golden file covers, against their definitions written out here."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 import lpmrf_kernels as ops
 from lpmrf_fast import models
 from lpmrf_fast.models import AutoencoderKL, HDiT, LooUFormer, SimVAE, SwinIR
-from lpmrf_fast.models.hdit import cosine_heads, window_attention
+from lpmrf_fast.models.hdit import window_attention
 
 
 def randn(*shape, seed=0, dtype=torch.float32):
@@ -311,9 +312,11 @@ def test_tables_fit_their_size(randomized):
         network.prepare(None, 8, 8)
 
 
-def test_loouformer_trains_under_autocast(randomized):
+@pytest.mark.parametrize("build", [loouformer, hdit])
+def test_trains_under_autocast(randomized, build):
     """Activations are bfloat16, parameters and their gradients float32, near those without autocast."""
-    network, x, gradients = randomized(loouformer()), randn(2, 2, 8, 8), []
+    network, gradients = randomized(build()), []
+    x = randn(2, network.in_channels, 8, 8)
     for enabled in (False, True):
         network.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
@@ -475,18 +478,75 @@ def test_hdit_uses_all_its_parameters_and_keeps_batches_apart(randomized, name):
         assert (network(x) - network(x, 0.3)).abs().max() < 1e-9
 
 
-def test_hdit_heads_as_defined():
-    """Lengths of q and k, RoPE on the first half of each head, the order of the channels."""
-    qkv, scale = randn(1, 2, 3, 3 * 2 * 8, dtype=torch.float64), torch.tensor([4.0, 9.0], dtype=torch.float64)
-    angle = randn(2, 3, 2, 2, dtype=torch.float64)
-    q, k, v = cosine_heads(qkv, 2, scale, angle.cos(), angle.sin())
-    parts = qkv.view(1, 2, 3, 3, 2, 8)
-    assert torch.equal(v, parts[:, :, :, 2])
-    for actual, x in ((q, parts[:, :, :, 0]), (k, parts[:, :, :, 1])):
-        torch.testing.assert_close(actual.norm(dim=-1), scale.sqrt().expand(1, 2, 3, 2), rtol=1e-6, atol=0)
-        x = F.normalize(x, dim=-1) * scale.sqrt()[:, None]
-        turned = torch.view_as_complex(torch.stack([x[..., :2], x[..., 2:4]], -1)) * torch.exp(1j * angle)
-        torch.testing.assert_close(actual, torch.cat([turned.real, turned.imag, x[..., 4:]], -1), rtol=1e-6, atol=1e-6)
+@every_hdit
+def test_hdit_with_tables_is_the_same(randomized, name):
+    """As LooUFormer: forward of one time, and with tables of several, whatever the batch."""
+    network = randomized(hdit(**HDIT_OPTIONS[name])).double()
+    x, sigma = randn(2, network.in_channels, 24, 48, dtype=torch.float64), torch.tensor([0.0, 0.3, 0.9])
+    tables = network.prepare(sigma, 24, 48)
+    for k in range(3):
+        expected = network(x, sigma[k])
+        torch.testing.assert_close(network(x, tables=tables, step=k), expected, rtol=1e-12, atol=1e-12)
+        at = torch.tensor([k])  # as a captured step has it
+        torch.testing.assert_close(network(x, tables=tables, step=at), expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(network(x, tables=network.prepare(None, 24, 48), step=0), network(x))
+    with pytest.raises(ValueError, match=r"HDiT: the tables are for inputs of \(24, 48\), got \(24, 24\)"):
+        network(x[..., :24], tables=tables, step=0)
+
+
+def patched_loouformer():
+    return loouformer(patch_embed_type="pixel_shuffle", patch_size=[2, 1])
+
+
+@pytest.mark.parametrize("build", [hdit, lambda: hdit(patch_size=[1, 4]), patched_loouformer])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_step_in_one_is_velocity_and_euler_step(randomized, assert_error_within, build, dtype):
+    network, dt = randomized(build()).double(), -0.25
+    x = randn(2, network.in_channels, 16, 24, dtype=torch.float64)
+    with torch.no_grad():
+        exact = x + dt * network(x, 0.5)
+        network.to(dtype)
+        z = x.to(torch.promote_types(dtype, torch.float32))
+        tables = network.prepare([0.5], 16, 24)
+        apart = ops.euler_step(z, network(x.to(dtype), tables=tables, step=0), dt)
+        together = network(x.to(dtype), tables=tables, step=0, euler=(z, dt))
+    assert network.fuses_euler and together.dtype == z.dtype and together.shape == z.shape
+    assert together.stride() == z.stride()
+    rounding = torch.finfo(z.dtype).eps * exact.abs().max().item()
+    assert_error_within(together, exact, apart, factor=1.5, floor=2 * rounding)
+
+
+def test_a_convolution_at_the_end_takes_its_step_apart():
+    assert not loouformer().fuses_euler
+
+
+def test_hdit_runs_on_the_ops(randomized, monkeypatch):
+    """Forward and backward: scaling and rotation, gate, adaptive norms and both attentions are the library's."""
+    network, called = randomized(hdit()), Counter()
+    for name in ("dwconv_rope_qkv", "geglu", "ada_rms_norm_2d", "neighborhood_attention_2d", "attention"):
+        op = getattr(ops, name)
+        monkeypatch.setattr(ops, name, lambda *args, _n=name, _op=op, **kw: called.update([_n]) or _op(*args, **kw))
+    network(randn(1, 3, 8, 16), 0.5).sum().backward()
+    # Two blocks at the neighborhood level and one in the middle; the mapping network has one gate more.
+    assert called == {
+        "dwconv_rope_qkv": 3,
+        "geglu": 4,
+        "ada_rms_norm_2d": 6,
+        "neighborhood_attention_2d": 2,
+        "attention": 1,
+    }
+
+
+def test_hdit_compiles_without_a_break(randomized):
+    torch.compiler.reset()  # or an eps that differs from another network's is traced as a variable
+    network, x = randomized(hdit()), randn(1, 3, 8, 16)
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x, torch.tensor([0.5])), network(x, 0.5), rtol=1e-5, atol=1e-5)
+        tables = network.prepare([0.0, 0.5, 1.0], 8, 16)
+        for k, dt in enumerate((0.3, 0.3333)):
+            expected = network(x, tables=tables, step=k, euler=(x, dt))
+            torch.testing.assert_close(compiled(x, tables=tables, step=k, euler=(x, dt)), expected)
 
 
 @pytest.mark.parametrize("shift", [0, 1, 2])

@@ -56,9 +56,10 @@ def weights(trainer):
     """Everything that a resume must bring back, by name."""
     found = {f"model.{k}": v for k, v in trainer.model.state_dict().items()}
     found |= {f"ema.{k}": v for k, v in trainer.ema.state_dict().items()}
-    for name, optimizer in (("", trainer.optimizer), ("critic.", trainer.critic_optimizer)):
-        for i, state in optimizer.state_dict()["state"].items() if optimizer else ():
-            found |= {f"{name}{i}.{k}": v for k, v in state.items()}
+    optimizers = trainer.optimizers | ({"critic": trainer.critic_optimizer} if trainer.critic_optimizer else {})
+    for name, optimizer in optimizers.items():
+        for i, state in optimizer.state_dict()["state"].items():
+            found |= {f"{name}.{i}.{k}": v for k, v in state.items()}
     if trainer.stage.critic:
         found |= {f"critic.{k}": v for k, v in trainer.stage.critic.state_dict().items()}
     return found
@@ -99,9 +100,24 @@ def test_killed_at_any_step_and_resumed_ends_alike(folder, tmp_path, options):
         assert resumed.step == step // 2 * 2
         resumed.fit()
         assert_same(whole, resumed)
-        assert whole.scheduler.get_last_lr() == resumed.scheduler.get_last_lr()
+        assert [s.get_last_lr() for s in whole.schedulers] == [s.get_last_lr() for s in resumed.schedulers]
         steps = [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()]
         assert steps == [1, 2, 3, 4, 5, 6, 7]  # none twice
+
+
+def test_muon_resumes_exactly(folder, tmp_path):
+    swinir = dict(img_size=8, embed_dim=16, depths=[1], num_heads=[2], window_size=4, sf=1, upsampler="")
+    options = dict(model=swinir, crop=None, optimizer="muon", save_every=3)
+    whole, broken = (Trainer("posterior-mean", config(folder, tmp_path / name, **options)) for name in "ab")
+    whole.fit()
+    fail_at(broken, 4, KeyboardInterrupt)
+    with pytest.raises(KeyboardInterrupt):
+        broken.fit()
+    resumed = Trainer("posterior-mean", config(folder, tmp_path / "b", **options))
+    assert resumed.step == 3
+    resumed.fit()
+    assert any(name.startswith("muon.") for name in weights(whole))
+    assert_same(whole, resumed)
 
 
 def started(folder, out, script="", environment=(), **options):
@@ -170,6 +186,19 @@ def test_sigterm_between_saves_saves_the_step_it_is_at(folder, tmp_path):
     resumed = Trainer("vae", config(folder, tmp_path, save_every=100))
     assert resumed.step == 3
     assert_same(trainer, resumed)
+
+
+def test_sigterm_to_every_process_of_the_job(folder, tmp_path):
+    """As job managers send it: workers must not die before the trainer has saved."""
+    script = (
+        "honest = t.stage.loss\n"
+        "def loss(*a):\n    os.killpg(0, signal.SIGTERM) if t.step == 2 else None\n    return honest(*a)\n"
+        "os.setpgid(0, 0); t.stage.loss = loss"
+    )
+    process = started(folder, tmp_path / "out", script, workers=2, steps=50, save_every=100)
+    said = process.communicate(timeout=300)[1]
+    assert process.returncode == 143 and "stopped at step 3, all saved" in said, said
+    assert Trainer("vae", config(folder, tmp_path / "out", steps=50)).step == 3
 
 
 # ---- checkpoints
