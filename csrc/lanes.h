@@ -9,6 +9,7 @@
 #include <algorithm>
 
 #define LPMRF_INLINE inline __attribute__((always_inline))
+#define LPMRF_LAMBDA __attribute__((always_inline))
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
@@ -29,11 +30,13 @@ using HalfWordLanes = uint16_t __attribute__((vector_size(2 * kLanes)));
 template <class V>
 struct Traits {
   using Int = IntLanes;
+  using Word = WordLanes;
   static constexpr int64_t size = kLanes;
 };
 template <>
 struct Traits<float> {
   using Int = int32_t;
+  using Word = uint32_t;
   static constexpr int64_t size = 1;
 };
 
@@ -83,6 +86,23 @@ LPMRF_INLINE void store(BFloat16* p, V v) {  // to the nearest, ties to even; Na
   }
 }
 
+// `count` elements, at most kLanes; zeros in the other lanes.
+template <class T>
+LPMRF_INLINE Lanes load_some(const T* p, int64_t count) {
+  if (count == kLanes) return load<Lanes>(p);
+  T some[kLanes] = {};
+  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
+  return load<Lanes>(some);
+}
+
+template <class T>
+LPMRF_INLINE void store_some(T* p, Lanes v, int64_t count) {
+  if (count == kLanes) return store<Lanes>(p, v);
+  T some[kLanes];
+  store<Lanes>(some, v);
+  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
+}
+
 template <class V>
 LPMRF_INLINE V splat(float x) {
   return V{} + x;
@@ -93,6 +113,31 @@ LPMRF_INLINE float sum(Lanes v) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
+}
+
+// x with zeros from lane `count` on.
+LPMRF_INLINE Lanes keep(Lanes x, int64_t count) {
+  constexpr IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return count == kLanes ? x : (lane < static_cast<int32_t>(count) ? x : Lanes{});
+}
+
+// Neighbours added: eight sums of a's lanes, then eight of b's.
+LPMRF_INLINE Lanes add_neighbours(Lanes a, Lanes b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  constexpr IntLanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
+// Lane i is the sum of rows[i]. Sixteen sums at once cost little more than one.
+LPMRF_INLINE Lanes sums(const Lanes (&rows)[kLanes]) {
+  Lanes eighths[8], quarters[4];
+  for (int i = 0; i < 8; ++i) eighths[i] = add_neighbours(rows[2 * i], rows[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) quarters[i] = add_neighbours(eighths[2 * i], eighths[2 * i + 1]);
+  return add_neighbours(add_neighbours(quarters[0], quarters[1]), add_neighbours(quarters[2], quarters[3]));
 }
 
 // ---- functions
@@ -114,9 +159,40 @@ LPMRF_INLINE V exp(V x) {
   return y * as<V>(power);
 }
 
+// The same in fewer instructions, for what multiplies by x afterwards: of NaN some number; where an instruction set has
+// no a * b + c, to |x| 6e-8 of itself.
+template <class V>
+LPMRF_INLINE V exp_of_number(V x) {
+  using Int = typename Traits<V>::Int;
+  using Word = typename Traits<V>::Word;
+  // Bits of floats are ordered as integers are, those of negative ones backwards: selections of integers are one
+  // instruction, those of floats are not.
+  const Int high = as<Int>(splat<V>(88.0f)), bits = as<Int>(x) < high ? as<Int>(x) : high;
+  const Word low = as<Word>(splat<V>(-87.0f)), inside = as<Word>(bits) < low ? as<Word>(bits) : low;
+  x = as<V>(inside);
+  const V shifted = x * 1.44269504f + 12582912.0f;
+  const V r = x * 1.44269504f - (shifted - 12582912.0f), r2 = r * r;  // e^x = 2^n 2^r
+  const V odd = 0.001326472731307149f * r2 + (0.05550733581185341f + 0.009671512991189957f * r);
+  const V y = (odd * (r2 * r) + (0.24022242426872253f * r2 + 0.6931470036506653f * r)) + 1.0f;
+  return as<V>(as<Int>(y) + (as<Int>(shifted) << 23));
+}
+
+// Of NaN some number: what multiplies by x is NaN all the same.
 template <class V>
 LPMRF_INLINE V sigmoid(V x) {
-  return 1.0f / (1.0f + exp<V>(-x));
+  return 1.0f / (1.0f + exp_of_number<V>(-x));
+}
+
+template <class V>
+LPMRF_INLINE V silu(V x) {
+  return x / (1.0f + exp_of_number<V>(-x));
+}
+
+// SiLU's derivative.
+template <class V>
+LPMRF_INLINE V silu_slope(V x) {
+  const V s = sigmoid<V>(x);
+  return s + x * s * (1.0f - s);
 }
 
 // The standard normal's distribution function less 1/2: x P(x^2) / Q(x^2), fitted here to 7e-9 on [-5.5, 5.5].

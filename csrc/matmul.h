@@ -9,6 +9,14 @@ namespace {  // each file has its own copies, compiled for its own clones
 using lanes::kLanes;
 using lanes::Lanes;
 
+inline bool many_registers() {
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
+  return __builtin_cpu_supports("avx512f");
+#else
+  return false;
+#endif
+}
+
 // R rows and N vectors of c = a b, or of c += a b; the sums stay in registers.
 template <int R, int N>
 LPMRF_INLINE void block(const float* a, int64_t a_row, int64_t a_column, const float* b, int64_t b_row, float* c,
@@ -30,12 +38,12 @@ LPMRF_INLINE void block(const float* a, int64_t a_row, int64_t a_column, const f
   }
 }
 
-template <int N>
+template <int R, int N>
 LPMRF_INLINE void panel(int64_t rows, int64_t inner, const float* a, int64_t a_row, int64_t a_column, const float* b,
                         int64_t b_row, float* c, int64_t c_row, bool add) {
   int64_t r = 0;
-  for (; r + 4 <= rows; r += 4) {
-    block<4, N>(a + r * a_row, a_row, a_column, b, b_row, c + r * c_row, c_row, inner, add);
+  for (; r + R <= rows; r += R) {
+    block<R, N>(a + r * a_row, a_row, a_column, b, b_row, c + r * c_row, c_row, inner, add);
   }
   for (; r < rows; ++r) block<1, N>(a + r * a_row, a_row, a_column, b, b_row, c + r * c_row, c_row, inner, add);
 }
@@ -44,11 +52,28 @@ LPMRF_INLINE void panel(int64_t rows, int64_t inner, const float* a, int64_t a_r
 // contiguous, and columns is a multiple of kLanes.
 [[maybe_unused]] LPMRF_VECTORISED void multiply(int64_t rows, int64_t columns, int64_t inner, const float* a, int64_t a_row,
                                int64_t a_column, const float* b, int64_t b_row, float* c, int64_t c_row, bool add) {
+  // Twenty-four sums need the 32 registers of AVX-512.
+  static const bool wide = many_registers();
   int64_t n = 0;
-  for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
-    panel<2>(rows, inner, a, a_row, a_column, b + n, b_row, c + n, c_row, add);
+  if (wide) {
+    for (; n + 4 * kLanes <= columns; n += 4 * kLanes) {
+      panel<6, 4>(rows, inner, a, a_row, a_column, b + n, b_row, c + n, c_row, add);
+    }
   }
-  if (n < columns) panel<1>(rows, inner, a, a_row, a_column, b + n, b_row, c + n, c_row, add);
+  for (; n + 2 * kLanes <= columns; n += 2 * kLanes) {
+    panel<4, 2>(rows, inner, a, a_row, a_column, b + n, b_row, c + n, c_row, add);
+  }
+  if (n < columns) panel<4, 1>(rows, inner, a, a_row, a_column, b + n, b_row, c + n, c_row, add);
+}
+
+// The largest of the lanes; NaN is passed over.
+LPMRF_INLINE float largest(Lanes v) {
+  float x[kLanes];
+  std::memcpy(x, &v, sizeof v);
+  for (int64_t half = kLanes / 2; half > 0; half /= 2) {
+    for (int64_t i = 0; i < half; ++i) x[i] = x[i] > x[i + half] ? x[i] : x[i + half];
+  }
+  return x[0];
 }
 
 // Tokens at `offsets` → rows (tokens x row_stride) and, unless null, columns (channels x column_stride), times factor.

@@ -2,18 +2,24 @@
 
 Shapes      q (B, heads, Lq, D), k and v (B, heads, Lk, D); the result like q. Lq and Lk are free.
 Providers   triton       the kernels here: forward and backward in the flash form, scores are never in memory
+            cpp          the same form on CPUs, float32 and bfloat16, without a backward
             sdpa         PyTorch's scaled_dot_product_attention, which picks a kernel of its own
             sdpa_flash, sdpa_cudnn, sdpa_efficient    the same, with one kernel prescribed
             flash_attn, xformers                      those packages, where they are installed
 Choice      `use_attention(name)`, over the environment variable LPMRF_ATTENTION, over `use_backend` and LPMRF_BACKEND
-            ("triton" is ours, "torch" and "cpp" are sdpa), over the fastest in this GPU's table of measurements, over
-            sdpa. A CPU has PyTorch's own flash kernel in C++, so there is none of ours: sdpa. A provider that was
+            ("torch" is sdpa, "triton" and "cpp" are ours), over the fastest in this GPU's table of measurements, over
+            sdpa. On a CPU cpp, where it is faster: AVX-512, and no matrix tiles (AMX), which bfloat16 in sdpa uses; and
+            where nobody asks for gradients, for which "cpp" as a backend gives way to sdpa too. A provider that was
             asked for and cannot serve raises RuntimeError with its reason; one from the table gives way to the next.
             The choice is made when attention is called, or, inside torch.compile or export, when it is traced.
 Table       "attention_providers" in configs/<GPU>.json (see `launch.py`), a row for each measured size with the
             nanoseconds of each provider: {"depth": 64, "queries": 1024, "keys": 1024, "triton": 9000, "sdpa": 9500}.
 RoPE        Tables cos and sin rotate q and k in front, in PyTorch, whoever attends. Where they matter, the depthwise
             convolution in front applies them in its own pass.
+
+C++         Heads of any size and layout; a block of 48 queries goes through its head's keys in tiles of 64, which
+            lie in the thread's cache as float32, transposed once. Everything is float32 until the one
+            rounding of the result.
 
 Of the Triton kernels:
 Dtypes      q, k and v float32, bfloat16 or float16, all alike.
@@ -43,7 +49,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from . import reference
 from ._triton import jit, tl
 from .launch import launch_config, nearest_row
-from .registry import CompileCase, Kernel, Op, Served, forced_backend, register, unavailable
+from .registry import OPS, CompileCase, Kernel, Op, Served, forced_backend, register, unavailable
 from .tiles import DTYPES, load_tile, tile_size, upcast
 
 # ---- kernels
@@ -323,6 +329,16 @@ def _launch_attention_backward(
     return dq, dk, dv
 
 
+def _cpp_attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    out, lse = _outputs(q)
+    if q.numel():
+        rows = out if out.stride(3) == 1 else torch.empty_like(out, memory_format=torch.contiguous_format)
+        torch.ops.lpmrf_cpp.attention(q, k, v, scale, rows, lse)
+        if rows is not out:
+            out.copy_(rows)
+    return out, lse
+
+
 def _grid(x: Tensor, config: dict[str, int]) -> tuple[int]:
     return (x.shape[0] * x.shape[1] * -(-x.shape[2] // config["BLOCK_M"]),)
 
@@ -401,6 +417,15 @@ def _run_triton(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     return torch.ops.lpmrf.attention(q, k, v, scale)[0]
 
 
+def _run_cpp(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return torch.ops.lpmrf.attention(q, k, v, scale, "cpp")[0]
+
+
+def _cpp_refuses(dtype: torch.dtype, depth: int) -> str | None:
+    kernel_takes = dtype in (torch.float32, torch.bfloat16)
+    return None if kernel_takes else f"the kernel takes float32 or bfloat16, not {dtype}"
+
+
 def _triton_refuses(dtype: torch.dtype, depth: int) -> str | None:
     if dtype not in DTYPES:
         return f"the kernel takes float32, bfloat16 or float16, not {dtype}"
@@ -451,6 +476,7 @@ def _run_xformers(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 PROVIDERS = {
     "triton": Provider(_run_triton, lambda device: unavailable("triton", device), _triton_refuses),
+    "cpp": Provider(_run_cpp, lambda device: unavailable("cpp", device), _cpp_refuses),
     "sdpa": Provider(_sdpa(), lambda device: None),
     "sdpa_flash": Provider(_sdpa(SDPBackend.FLASH_ATTENTION), _cuda_only, _half_only),
     "sdpa_cudnn": Provider(_sdpa(SDPBackend.CUDNN_ATTENTION), _cuda_only, _half_only),
@@ -490,7 +516,7 @@ def _forced() -> str | None:
     name = _asked.get() or _known(os.environ.get("LPMRF_ATTENTION") or "auto", "LPMRF_ATTENTION")
     if name != "auto":
         return name
-    return {None: None, "triton": "triton", "torch": "sdpa", "cpp": "sdpa"}[forced_backend()]
+    return {None: None, "triton": "triton", "torch": "sdpa", "cpp": None}[forced_backend()]
 
 
 @torch.compiler.assume_constant_result
@@ -505,21 +531,40 @@ def _fastest(device: torch.device, dtype: torch.dtype, depth: int, queries: int,
     return min(able, key=row.get, default="sdpa")
 
 
-def _choose(q: Tensor, k: Tensor) -> str:
+@torch.compiler.assume_constant_result
+def _fastest_on_cpu(dtype: torch.dtype, depth: int) -> str:
+    """For inference. Where C++ was asked for as a backend, or vectors are wide and there are no tiles for bfloat16."""
+    if _refusal("cpp", "cpu", dtype, depth):
+        return "sdpa"
+    tiles = dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported()
+    fast = torch.backends.cpu.get_cpu_capability() == "AVX512" and not tiles
+    return "cpp" if fast or forced_backend() == "cpp" else "sdpa"
+
+
+def _choose(q: Tensor, k: Tensor, v: Tensor) -> str:
+    gradients = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    device = q.device.type
     if name := _forced():
-        if reason := _refusal(name, q.device.type, q.dtype, q.shape[3]):
+        reason = _refusal(name, device, q.dtype, q.shape[3])
+        if reason is None and name == "cpp" and gradients:
+            reason = "it has no backward; sdpa has"
+        if reason:
             raise RuntimeError(f"attention: {name!r} was asked for and cannot serve: {reason}")
         return name
-    return _fastest(q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2]) if q.device.type == "cuda" else "sdpa"
+    if device == "cuda":
+        return _fastest(q.device, q.dtype, q.shape[3], q.shape[2], k.shape[2])
+    return _fastest_on_cpu(q.dtype, q.shape[3]) if device == "cpu" and not gradients else "sdpa"
 
 
 def _served(direction: str, device: str) -> Served:
     """The line of `backends()`: providers in the place of backends. A table may choose another one for some sizes."""
     forced = _forced()
     why_not = {name: p.missing(device) for name, p in PROVIDERS.items() if p.missing(device)}
-    first = forced or "sdpa"
+    if direction == "backward":
+        why_not.setdefault("cpp", "it has no backward")
+    first = forced or (_fastest_on_cpu(torch.bfloat16, 64) if device == "cpu" and direction == "forward" else "sdpa")
     backend = None if first in why_not else first
-    other = f"{first} was asked for" if forced else "sdpa comes first where no table says that another is faster"
+    other = f"{first} was asked for" if forced else f"{first} comes first where no table says that another is faster"
     why_not.update((name, other) for name in PROVIDERS if name not in why_not and name != first)
     return Served("attention", direction, device, backend, why_not)
 
@@ -531,6 +576,7 @@ register(
         "attention",
         forward={
             "triton": Kernel(_launch_attention, lambda q, *args: _triton_refuses(q.dtype, q.shape[3])),
+            "cpp": Kernel(_cpp_attention, lambda q, *args: _cpp_refuses(q.dtype, q.shape[3])),
             "torch": Kernel(reference.attention),
         },
         backward={"triton": Kernel(_launch_attention_backward)},
@@ -541,12 +587,12 @@ register(
 
 
 @torch.library.custom_op("lpmrf::attention", mutates_args=())
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return _launch_attention(q, k, v, scale)
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "triton") -> tuple[Tensor, Tensor]:
+    return OPS["attention"].forward[backend].run(q, k, v, scale)
 
 
 @_attention.register_fake
-def _(q, k, v, scale):
+def _(q, k, v, scale, backend="triton"):
     return _outputs(q)
 
 
@@ -563,13 +609,13 @@ def _(g, q, k, v, out, lse, scale):
 
 
 def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale = inputs
+    *tensors, ctx.scale, _ = inputs
     ctx.save_for_backward(*tensors, *output)
     ctx.mark_non_differentiable(output[1])
 
 
 def _backward(ctx, g, _):
-    return *torch.ops.lpmrf.attention_backward(g, *ctx.saved_tensors, ctx.scale), None
+    return *torch.ops.lpmrf.attention_backward(g, *ctx.saved_tensors, ctx.scale), None, None
 
 
 _attention.register_autograd(_backward, setup_context=_setup_context)
@@ -608,7 +654,7 @@ def attention(
         raise ValueError(f"attention: scale must be finite, got {scale}")
     if cos is not None or sin is not None:
         q, k = (_rotated(t, cos, sin) for t in (q, k))
-    return PROVIDERS[_choose(q, k)].run(q, k, v, scale)
+    return PROVIDERS[_choose(q, k, v)].run(q, k, v, scale)
 
 
 def _rotated(x: Tensor, cos: Tensor | None, sin: Tensor | None) -> Tensor:

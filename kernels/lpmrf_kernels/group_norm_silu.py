@@ -14,7 +14,7 @@ Traffic     x twice and y once, partial results of a few per cent. PyTorch on CU
             reads and writes once more for SiLU, and copies channels-last to NCHW and back for some of its kernels. The
             second pass goes backwards through memory, so that it begins with what the L2 cache still holds. Backward:
             x and g twice, dx once.
-Fallback    float64 goes to the reference and is counted. On CPU the backward is the reference's.
+Fallback    float64 goes to the reference and is counted.
 Source      Wu & He 2018; Chan, Golub & LeVeque 1979; diffusers ResnetBlock2D.
 """
 
@@ -25,7 +25,7 @@ from . import reference
 from ._triton import jit, tl, triton
 from .launch import launch_config
 from .layout import evenly_spaced, image_strides, laid_out_like
-from .pixel_norm import DTYPES, check, float_vector, image_offsets, statistics_dtype
+from .pixel_norm import DTYPES, check, image_offsets, native, statistics_dtype
 from .registry import OPS, CompileCase, Kernel, Op, backend_of_backward, register, run
 
 PROGRAMS = 2048  # that split the pixels, about; one number for all GPUs, so that they add up alike
@@ -426,9 +426,18 @@ def _cpp_group_norm_silu(x, num_groups, weight, bias, eps, act):
     y, mean, rstd = _outputs(x, num_groups)
     if x.numel():
         torch.ops.lpmrf_cpp.group_norm_silu(
-            x, num_groups, float_vector(weight), float_vector(bias), eps, act == "silu", y, mean, rstd
+            x, num_groups, native(weight), native(bias), eps, act == "silu", y, mean, rstd
         )
     return y, mean, rstd
+
+
+def _cpp_group_norm_silu_backward(x, g, mean, rstd, num_groups, weight, bias, eps, act):
+    dx, (dweight, dbias) = torch.empty_like(x), (x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        torch.ops.lpmrf_cpp.group_norm_silu_backward(
+            x, g, mean, rstd, native(weight), native(bias), act == "silu", dx, dweight, dbias
+        )
+    return dx, dweight, dbias
 
 
 def _torch_group_norm_silu(x, num_groups, weight, bias, eps, act):
@@ -545,6 +554,7 @@ register(
         },
         backward={
             "triton": Kernel(_launch_group_norm_silu_backward, _refuses),
+            "cpp": Kernel(_cpp_group_norm_silu_backward, _refuses),
             "torch": Kernel(_torch_group_norm_silu_backward),
         },
         compile_cases=_compile_cases,

@@ -238,7 +238,7 @@ class PixelNorm:
         if x.numel():
             total = outputs[0] if residual is not None else None
             torch.ops.lpmrf_cpp.pixel_norm(
-                x, residual, self._factor(weight), float_vector(bias), eps, self.centred, total, outputs[-1]
+                x, residual, native(weight), float(self.plus_one), native(bias), eps, self.centred, total, outputs[-1]
             )
         return outputs
 
@@ -276,8 +276,9 @@ class PixelNorm:
         if x.numel():
             *g_sum, g = grads
             torch.ops.lpmrf_cpp.pixel_norm_backward(
-                x, g, g_sum[0] if g_sum else None, self._factor(weight), eps, self.centred, chunks, dx, dweight, dbias
-            )
+                x, g, g_sum[0] if g_sum else None, native(weight), float(self.plus_one), eps, self.centred, chunks,
+                dx, dweight, dbias,
+            )  # fmt: skip
         return _summed(weight, dx, dweight, dbias)
 
     def torch_backward(self, x, grads, weight, eps, weight_grad, bias_grad) -> list[Tensor]:
@@ -288,13 +289,6 @@ class PixelNorm:
             dx = dx + g_sum[0]
         dx = laid_out_like(dx.to(x.dtype), x)
         return _summed(weight, dx, dweight[:, None] if weight_grad else None, dbias[:, None] if bias_grad else None)
-
-    def _factor(self, weight: Tensor | None) -> Tensor | None:
-        """What C++ multiplies by: float32 rows (1 or B, C)."""
-        if weight is None:
-            return None
-        weight = float_vector(weight) if weight.dim() == 2 else float_vector(weight)[None]
-        return weight + 1 if self.plus_one else weight
 
 
 def _outputs(x: Tensor, residual: Tensor | None) -> list[Tensor]:
@@ -318,8 +312,9 @@ def _summed(weight: Tensor | None, dx: Tensor, dweight: Tensor | None, dbias: Te
     return result
 
 
-def float_vector(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.float().contiguous()
+def native(p: Tensor | None) -> Tensor | None:
+    """A parameter in a dtype that C++ reads."""
+    return p if p is None or p.dtype in DTYPES else p.float()
 
 
 def _weight_strides(weight: Tensor | None) -> tuple[int, int]:

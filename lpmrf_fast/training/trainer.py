@@ -32,6 +32,7 @@ from .config import ConfigError, TrainConfig
 from .data import batches
 from .log import Log
 from .optimizers import build_optimizers
+from .recompute import recompute
 from .sharding import gathered, shard, share_out, whole
 from .stages import STAGES
 
@@ -104,6 +105,8 @@ class Trainer:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.ema.requires_grad_(False)
         state = self._read()
+        if config.activation_checkpointing:
+            recompute(self.model)
         self.sharded = config.fsdp and self.processes > 1
         if self.sharded:
             for network in (self.model, self.ema.module):

@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from kernel_cases import Spy, mutant
+from kernel_cases import Spy, mutant, ops_run
 
-from lpmrf_kernels import attention, backends, launch, reference, use_attention, use_backend
+from lpmrf_kernels import attention, backends, launch, reference, registry, use_attention, use_backend
 
 # batch, heads, queries, keys, channels of a head
 CASES = {
@@ -76,6 +76,58 @@ def test_strided_views(device, assert_error_within, poisoned_memory):
     assert_values(assert_error_within, *(t.transpose(1, 2) for t in (q, k, v)), g.transpose(2, 3).clone().mT)
 
 
+@pytest.fixture
+def cpp():
+    if reason := registry.unavailable("cpp", "cpu"):
+        pytest.skip(reason)
+
+
+CPP_CASES = {
+    **CASES,
+    "many tiles and blocks": (2, 3, 200, 150, 64),
+    "wide heads": (1, 2, 50, 65, 100),
+    "far from zero": (1, 1, 60, 70, 16),
+}
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("name", CPP_CASES)
+def test_values_in_cpp(cpp, name, dtype, assert_error_within, poisoned_memory):
+    q, k, v, _ = make(CPP_CASES[name], dtype)
+    if name == "far from zero":  # exp must not overflow, nor a padded key's score of zero outweigh all others
+        q, k = 30 * q.abs(), -30 * k.abs()
+    views = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (q, k, v)]
+    with use_attention("cpp"):
+        out, from_views = attention(q, k, v), attention(*views)
+        assert torch.equal(attention(*views), from_views) and torch.equal(out, from_views)
+    assert out.dtype == dtype and out.stride() == torch.empty_like(q).stride()
+    assert from_views.stride() == torch.empty_like(views[0]).stride()
+    if out.numel():
+        exact = naive(*(t.double() for t in (q, k, v)))
+        floor = torch.finfo(dtype).eps * v.abs().max().item()
+        assert_error_within(out, exact, naive(q, k, v), factor=2.0, floor=floor)
+    for t in (q, k, v):  # any strides, channels apart too
+        t.data = t.permute(3, 2, 0, 1).contiguous().permute(2, 3, 1, 0)
+    with use_attention("cpp"):
+        assert torch.equal(attention(q, k, v), out)
+
+
+def test_a_nan_reaches_its_query_and_an_infinite_value_its_channel_in_cpp(cpp):
+    q, k, v, _ = make((1, 1, 60, 70, 16))
+    q[0, 0, 7, 3], v[0, 0, 5, 2] = torch.nan, torch.inf
+    with use_attention("cpp"):
+        out = attention(q, k, v)
+    assert out[0, 0, 7].isnan().all() and out[0, 0, :, 2].isinf().sum() == 59
+    out[0, 0, 7], out[0, 0, :, 2] = 0, 0
+    assert out.isfinite().all()
+
+
+def test_opcheck_in_cpp(cpp):
+    for layout in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
+        q, k, v, _ = map(layout, make((1, 2, 5, 3, 4)))
+        torch.library.opcheck(torch.ops.lpmrf.attention.default, (q, k, v, 0.5, "cpp"))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", [(2, 12, 256, 256, 64), (32, 12, 1024, 1024, 64), (1, 3, 500, 77, 128)], ids=str)
@@ -129,8 +181,8 @@ def test_compiles_without_a_break(interpreted, name):
         assert all(torch.equal(a, b) for a, b in results)
 
 
-@pytest.mark.parametrize("name", ["triton", "sdpa"])
-def test_exports_with_a_dynamic_batch(interpreted, name):
+@pytest.mark.parametrize("name", ["triton", "sdpa", "cpp"])
+def test_exports_with_a_dynamic_batch(interpreted, name, cpp):
     class Network(torch.nn.Module):
         def forward(self, q, k, v):
             return attention(q, k, v)
@@ -138,7 +190,7 @@ def test_exports_with_a_dynamic_batch(interpreted, name):
     q, k, v, _ = make((2, 2, 5, 3, 4))
     with use_attention(name):
         program = torch.export.export(Network(), (q, k, v), dynamic_shapes=[{0: torch.export.Dim("batch")}] * 3)
-    assert ("lpmrf.attention" in str(program.graph)) == (name == "triton")
+    assert ("lpmrf.attention" in str(program.graph)) == (name != "sdpa")
     q, k, v = (torch.cat([t, t]) for t in (q, k, v))
     torch.testing.assert_close(program.module()(q, k, v), naive(q, k, v))
 
@@ -162,9 +214,7 @@ def test_triton_really_runs(interpreted, module_of, monkeypatch):
 def test_the_choice(module_of, monkeypatch):
     """Context before environment before backend before the table before sdpa."""
     module = module_of("attention")
-    q, k, _, _ = make((1, 1, 3, 3, 64), torch.bfloat16)
-    assert module._choose(q, k) == "sdpa"
-    for backend, provider in (("torch", "sdpa"), ("cpp", "sdpa"), ("triton", "triton")):
+    for backend, provider in (("torch", "sdpa"), ("cpp", None), ("triton", "triton")):
         with use_backend(backend):
             assert module._forced() == provider
             monkeypatch.setenv("LPMRF_ATTENTION", "flash_attn")
@@ -174,6 +224,37 @@ def test_the_choice(module_of, monkeypatch):
             monkeypatch.delenv("LPMRF_ATTENTION")
     with use_attention("auto"):
         assert module._forced() is None
+
+
+def test_the_choice_on_a_cpu(cpp, module_of, monkeypatch):
+    """C++ where vectors are wide and there are no tiles for bfloat16; for gradients and other dtypes always sdpa."""
+    module = module_of("attention")
+    machine = {"capability": "AVX512", "tiles": False}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: machine["capability"])
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: machine["tiles"])
+    q, k, v, _ = make((1, 1, 3, 3, 64))
+
+    def choice(dtype):
+        return module._choose(*(t.to(dtype) for t in (q, k, v)))
+
+    assert choice(torch.float32) == choice(torch.bfloat16) == "cpp"
+    assert choice(torch.float16) == choice(torch.float64) == "sdpa"
+    assert module._choose(q, k, v.clone().requires_grad_()) == "sdpa"
+    with torch.no_grad():
+        assert module._choose(q, k, v.clone().requires_grad_()) == "cpp"
+    machine["tiles"] = True
+    assert (choice(torch.float32), choice(torch.bfloat16)) == ("cpp", "sdpa")
+    machine["capability"] = "AVX2"
+    assert choice(torch.float32) == "sdpa"
+    with use_backend("cpp"):
+        assert choice(torch.float32) == "cpp" and choice(torch.float64) == "sdpa"
+    with use_attention("cpp"), pytest.raises(RuntimeError, match="'cpp' was asked for .* it has no backward"):
+        attention(q.requires_grad_(), k, v)
+
+
+def test_cpp_really_runs(cpp):
+    with use_attention("cpp"):
+        assert "lpmrf_cpp::attention" in ops_run(lambda: attention(*make((1, 1, 3, 3, 4))[:3]))
 
 
 def test_the_table_chooses_the_fastest_that_serves(module_of, monkeypatch, tmp_path):
@@ -211,7 +292,9 @@ def test_who_cannot_serve_is_refused_with_the_reason(interpreted):
 def test_backends_names_every_provider_and_its_reason(module_of):
     providers = set(module_of("attention").PROVIDERS)
     for row in (r for device in ("cpu", "cuda") for r in backends(device) if r.op == "attention"):
-        assert row.backend == "sdpa" and set(row.why_not) == providers - {"sdpa"} and all(row.why_not.values())
+        first = module_of("attention")._fastest_on_cpu(torch.bfloat16, 64)
+        expected = first if (row.device, row.direction) == ("cpu", "forward") else "sdpa"
+        assert row.backend == expected and set(row.why_not) == providers - {expected} and all(row.why_not.values())
     with use_attention("sdpa_flash"):
         row = next(r for r in backends("cuda") if r.op == "attention")
         assert row.backend == "sdpa_flash" and row.why_not["sdpa"] == "sdpa_flash was asked for"
@@ -271,7 +354,7 @@ def test_refuses(tensors, arguments, error, words):
 
 
 def test_an_unknown_provider_is_named(monkeypatch):
-    with pytest.raises(ValueError, match="no attention is called 'fast'; there are triton, sdpa"):
+    with pytest.raises(ValueError, match="no attention is called 'fast'; there are triton, cpp, sdpa"):
         use_attention("fast").__enter__()
     monkeypatch.setenv("LPMRF_ATTENTION", "fast")
     with pytest.raises(ValueError, match="LPMRF_ATTENTION: no attention is called 'fast'"):

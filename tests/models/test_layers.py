@@ -34,7 +34,7 @@ def test_linear_with_and_without_gradients(dtype, gelu, with_bias, grad):
         torch.testing.assert_close(y.double(), exact, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
 
-def test_linear_without_gradients_is_onednns_where_it_has_one(monkeypatch):
+def test_linear_that_needs_no_gradient_is_onednns_where_it_has_one(monkeypatch):
     x, weight = randn(3, 24), randn(13, 24)
     called = []
     monkeypatch.setattr(F, "linear", lambda *a: called.append(a) or torch.zeros(()))
@@ -48,7 +48,7 @@ def test_linear_without_gradients_is_onednns_where_it_has_one(monkeypatch):
             linear(*arguments)
         assert bool(called) == use
     called.clear()
-    linear(x, weight)
+    linear(x, weight.requires_grad_())
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         linear(x, weight)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)

@@ -233,11 +233,12 @@ def test_pmrf_stage(folder, trained, tmp_path):
 
 def test_other_networks_make_the_cache_anew(folder, trained, tmp_path):
     ends = dict(vae=str(trained / "vae/model"), posterior_mean=str(trained / "mean/model"))
-    for seed, same in ((0, None), (0, True), (1, False)):
-        before = {p.name: p.read_bytes() for p in (tmp_path / "latents").glob("pass-*")}
-        trainer = Trainer("flow", config(folder, tmp_path, model=FLOW, cache=1, seed=seed, **ends))
-        trainer.stage.dataset(4)
-        after = {p.name: p.read_bytes() for p in (tmp_path / "latents").glob("pass-*")}
+    latents = tmp_path / "shared"
+    for changes, same in (({}, None), ({"seed": 1}, True), ({"degradation": "mild"}, False)):
+        before = {p.name: p.read_bytes() for p in latents.glob("pass-*")}
+        options = dict(model=FLOW, cache=1, latents=str(latents), **ends, **changes)
+        Trainer("flow", config(folder, tmp_path / str(len(changes)), **options)).stage.dataset(4)
+        after = {p.name: p.read_bytes() for p in latents.glob("pass-*")}
         assert len(after) == 2 and (same is None or (before == after) == same)
 
 
