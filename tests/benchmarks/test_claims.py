@@ -32,6 +32,13 @@ def test_cost_of_a_distance_is_read_off_between_rows():
     assert convergence.cost(run, 10, "tflop") is None and convergence.cost(run, 200, "tflop") == 0
 
 
+def test_what_a_run_had_on_the_way():
+    run = rows(100, 80, 60)
+    assert convergence.on_the_way(run, 1.5, "tflop", "swd") == 70
+    assert convergence.on_the_way(run, 0, "tflop", "swd") == 100
+    assert convergence.on_the_way(run, 9, "tflop", "swd") == 60
+
+
 def test_the_factor_of_runs_that_differ_in_speed_alone():
     fast, slow = rows(100, 80, 60, 50, 45), rows(100, 80, 60, 50, 45, tflop=4)
     found = convergence.factors([fast, fast], [slow, slow], "tflop")
@@ -154,10 +161,20 @@ def test_a_run_that_was_killed_goes_on_and_misses_no_row(faces, out, tmp_path, m
             raise KeyboardInterrupt
         return honest(self, *faces)
 
+    def stopped(self, *args):
+        self.stopping = self.step == whole[3]["step"] - 1  # SIGTERM between two rows
+        return step(self, *args)
+
+    step = study.Scored._step
+
     monkeypatch.setattr(study.Scored, "validate", killed)
     with pytest.raises(KeyboardInterrupt):
         broken.gather(lambda s: s.vae("sim", 0))
-    monkeypatch.undo()
+    monkeypatch.setattr(study.Scored, "validate", honest)
+    monkeypatch.setattr(study.Scored, "_step", stopped)
+    with pytest.raises(SystemExit):
+        broken.gather(lambda s: s.vae("sim", 0))
+    monkeypatch.setattr(study.Scored, "_step", step)
     resumed = broken.gather(lambda s: s.vae("sim", 0))
     assert [(r["step"], r["psnr"]) for r in resumed] == [(r["step"], r["psnr"]) for r in whole]
     assert [r["seconds"] for r in resumed] == sorted(r["seconds"] for r in resumed)
