@@ -17,8 +17,9 @@ Table       "attention_providers" in configs/<GPU>.json (see `launch.py`), a row
 RoPE        Tables cos and sin rotate q and k in front, in PyTorch, whoever attends. Where they matter, the depthwise
             convolution in front applies them in its own pass.
 
-C++         Heads of any size and layout; a block of 48 queries goes through its head's keys in tiles of 64, which lie in
-            the thread's cache as float32, transposed once. Everything is float32 until the one rounding of the result.
+C++         Heads of any size and layout; a block of 48 queries goes through its head's keys in tiles of 64, which
+            lie in the thread's cache as float32, transposed once. Everything is float32 until the one
+            rounding of the result.
 
 Of the Triton kernels:
 Dtypes      q, k and v float32, bfloat16 or float16, all alike.
@@ -586,9 +587,7 @@ register(
 
 
 @torch.library.custom_op("lpmrf::attention", mutates_args=())
-def _attention(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "triton"
-) -> tuple[Tensor, Tensor]:
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, backend: str = "triton") -> tuple[Tensor, Tensor]:
     return OPS["attention"].forward[backend].run(q, k, v, scale)
 
 

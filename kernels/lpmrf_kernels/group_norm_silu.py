@@ -25,7 +25,7 @@ from . import reference
 from ._triton import jit, tl, triton
 from .launch import launch_config
 from .layout import evenly_spaced, image_strides, laid_out_like
-from .pixel_norm import DTYPES, check, native, image_offsets, statistics_dtype
+from .pixel_norm import DTYPES, check, image_offsets, native, statistics_dtype
 from .registry import OPS, CompileCase, Kernel, Op, backend_of_backward, register, run
 
 PROGRAMS = 2048  # that split the pixels, about; one number for all GPUs, so that they add up alike
