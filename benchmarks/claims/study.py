@@ -158,8 +158,9 @@ class Study:
         start = [options.get(key) for key in ("source", "condition", "posterior_mean", "vae")]
         latents = self.args.out / "latents" / hashlib.sha256(json.dumps(start).encode()).hexdigest()[:8]
         options |= {"model": model, "time_sampling": "stratified", "cache": 2, "latents": str(latents), "lr": 1e-3}
-        # The rate stays constant, as PMRF's: a row of a long run is then the last one of a short run.
-        options["schedule"] = "constant"
+        # The rate stays constant, as PMRF's: a row of a long run is then the last one of a short run. A long average or
+        # warm-up would delay the method with the fewer steps for its compute.
+        options |= {"schedule": "constant", "warmup": 20, "ema_decay": 0.9}
         return self.run("flow", name, seed, compute, points, **options)
 
     def latent_pmrf(self, seed: int, kind: str = "sim") -> list[dict]:
@@ -225,10 +226,17 @@ class Scored(Trainer):
 
     def fit(self):
         rows = [row for row in scores_of(self.out) if row["step"] <= self.step]
-        self.seconds = rows[-1]["seconds"] if rows else 0.0
+        if self.step:
+            self.seconds = json.loads((self.out / "seconds.json").read_text())[str(self.step)]
         if self.step % self.config.val_every == 0 and (not rows or rows[-1]["step"] < self.step):
             self.validate(*self.stage.validation())  # before the first step, or killed after the last save
         super().fit()
+
+    def save(self):
+        file = self.out / "seconds.json"
+        known = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({**known, self.step: self.seconds}))
+        super().save()
 
     def _now(self) -> float:
         if self.device.type == "cuda":

@@ -11,8 +11,10 @@ from PIL import Image
 pytest.importorskip("cv2")
 pytest.importorskip("yaml")
 pytest.importorskip("accelerate")
-from benchmarks.claims import convergence, perception_distortion, sources, study, vae
+from benchmarks.claims import convergence, cost, perception_distortion, sources, study, vae
 from lpmrf_fast.evaluation import psnr
+from lpmrf_fast.models import PRESETS, HDiT
+from lpmrf_fast.pipeline import PMRFPipeline
 
 
 def rows(*distances, tflop=1.0):
@@ -28,6 +30,13 @@ def test_cost_of_a_distance_is_read_off_between_rows():
     assert convergence.cost(run, 60, "seconds") == 20
     assert convergence.cost(run, 40, "tflop") == pytest.approx(3 + 30 / 50)  # reached after a worse row
     assert convergence.cost(run, 10, "tflop") is None and convergence.cost(run, 200, "tflop") == 0
+
+
+def test_what_a_run_had_on_the_way():
+    run = rows(100, 80, 60)
+    assert convergence.on_the_way(run, 1.5, "tflop", "swd") == 70
+    assert convergence.on_the_way(run, 0, "tflop", "swd") == 100
+    assert convergence.on_the_way(run, 9, "tflop", "swd") == 60
 
 
 def test_the_factor_of_runs_that_differ_in_speed_alone():
@@ -152,10 +161,20 @@ def test_a_run_that_was_killed_goes_on_and_misses_no_row(faces, out, tmp_path, m
             raise KeyboardInterrupt
         return honest(self, *faces)
 
+    def stopped(self, *args):
+        self.stopping = self.step == whole[3]["step"] - 1  # SIGTERM between two rows
+        return step(self, *args)
+
+    step = study.Scored._step
+
     monkeypatch.setattr(study.Scored, "validate", killed)
     with pytest.raises(KeyboardInterrupt):
         broken.gather(lambda s: s.vae("sim", 0))
-    monkeypatch.undo()
+    monkeypatch.setattr(study.Scored, "validate", honest)
+    monkeypatch.setattr(study.Scored, "_step", stopped)
+    with pytest.raises(SystemExit):
+        broken.gather(lambda s: s.vae("sim", 0))
+    monkeypatch.setattr(study.Scored, "_step", step)
     resumed = broken.gather(lambda s: s.vae("sim", 0))
     assert [(r["step"], r["psnr"]) for r in resumed] == [(r["step"], r["psnr"]) for r in whole]
     assert [r["seconds"] for r in resumed] == sorted(r["seconds"] for r in resumed)
@@ -190,3 +209,27 @@ def test_restored_faces_are_the_pipelines(faces, pipe):
     with torch.no_grad():
         found = perception_distortion.restored(pipe, [pipe.encode(mean)], 3, pipe.noise_std, 1)
     assert psnr(found, whole).item() > 80
+
+
+def test_cost(tmp_path, monkeypatch, pipe):
+    twin = PMRFPipeline(pipe.posterior_mean, HDiT(**{**PRESETS["hdit-s"][1], "widths": [32, 64], **HDIT}))
+    monkeypatch.setattr(cost, "pipelines", lambda *a: {"Latent-PMRF": pipe, "PMRF": twin})
+    words = ["--out", str(tmp_path), "--size", "128", "--clocked-size", "64", "--times", "1", "--steps", "4"]
+    cost.main([*words, "--device", "cpu", "--dtype", "fp32"])
+    report = json.loads((tmp_path / "cost.json").read_text())
+    latent, pixel = (report["counted"][name] for name in ("Latent-PMRF", "PMRF"))
+    assert report["gflop_a_step"]["PMRF"] == pixel["stages"]["velocity, 4 steps"]["gflop"] / 4
+    assert latent["stages"]["posterior mean"] == pixel["stages"]["posterior mean"]
+    assert latent["stages"]["decode"]["gflop"] > 0 == pixel["stages"]["decode"]["gflop"]
+    s = report["seconds"]
+    found = s["posterior mean"] + 4 * s["Latent-PMRF: a step"] + s["encode"] + s["decode"]
+    assert report["seconds_an_image"]["Latent-PMRF"] == pytest.approx(found, abs=1e-3)
+    assert "does not show" in report["caption"]
+
+
+HDIT = {
+    "depths": [1, 1],
+    "mapping_width": 32,
+    "dropout_rate": [0, 0],
+    "self_attns": [{"type": "neighborhood", "d_head": 16, "kernel_size": 3}, {"type": "global", "d_head": 16}],
+}

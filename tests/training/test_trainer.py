@@ -200,6 +200,14 @@ def test_lpips_is_a_term_of_the_vae(folder, tmp_path):
     assert "lpips" in (tmp_path / "out/log.jsonl").read_text() and torch.equal(before, trainer.stage.lpips.line0)
 
 
+def test_validation_faces_are_degraded_alike_in_every_run(folder, tmp_path):
+    one, other = (
+        Trainer("posterior-mean", config(folder, tmp_path / str(seed), model=SWINIR, seed=seed)).stage.validation()
+        for seed in (0, 1)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(one, other)) and not torch.equal(*one)
+
+
 def test_flow_in_pixels_needs_no_vae(folder, trained, tmp_path):
     model = FLOW | dict(in_channels=3, out_channels=3, patch_size=[4, 4], patch_embed_type="pixel_shuffle")
     Trainer("flow", config(folder, tmp_path, model=model, posterior_mean=str(trained / "mean/model"))).fit()
