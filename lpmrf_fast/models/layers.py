@@ -28,7 +28,8 @@ def pointwise(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
         # another library's, half as fast on some CPUs.
         out = torch.ops.mkldnn._linear_pointwise(rows, weight, layer.bias, "none", [], "")
     else:
-        out = nn.functional.linear(rows, weight, layer.bias)
+        # Flat rows are one product whatever their strides, never one of each photo and row.
+        out = nn.functional.linear(rows.flatten(0, 2), weight, layer.bias).unflatten(0, rows.shape[:3])
     return out.permute(0, 3, 1, 2)
 
 
