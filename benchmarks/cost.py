@@ -72,17 +72,12 @@ def count(method: str, dtype: torch.dtype, batch: int, size: int, steps: int) ->
 def stepper(method: str, dtype: torch.dtype, batch: int, size: int, device: str):
     """A function that takes one Euler step with the full-size network."""
     pipe = pipeline(method, dtype)
-    _, presets, pixels = METHODS[method]
-    cls, config = PRESETS[presets[-1]]
-    side = size // pixels
-    with torch.device(device):
-        pipe.velocity = cls(**config).to(dtype=dtype, memory_format=torch.channels_last).eval()
-        z = torch.randn(batch, pipe.velocity.in_channels, side, side)
-        times = torch.tensor([0.5])
+    network, side = pipe.velocity.to_empty(device=device), size // METHODS[method][2]
     with torch.no_grad():
-        for p in pipe.velocity.parameters():
-            p.normal_(std=0.02)  # a branch that starts at zero is not free
-        tables = pipe.tables(times, side, side)
+        for tensor in (*network.parameters(), *network.buffers()):
+            tensor.normal_(std=0.02)
+        z = torch.randn(batch, network.in_channels, side, side, device=device)
+        tables = pipe.tables(torch.tensor([0.5], device=device), side, side)
     return lambda: pipe.euler_step(z, 0.5, 0.04, tables, 0)
 
 
