@@ -28,7 +28,8 @@ def test_costs_are_those_of_one_image_whatever_the_batch():
     one, two = (cost.count("PMRF", torch.bfloat16, batch, 256, 1) for batch in (1, 2))
     assert two["step"]["gflop"] == pytest.approx(one["step"]["gflop"], rel=1e-3)
     assert two["step"]["mb_moved"] < one["step"]["mb_moved"]  # weights are read once
-    assert two["step"]["activation_mb"] == pytest.approx(2 * one["step"]["activation_mb"], rel=0.05)
+    tables = two["step"]["activation_mb"] - 2 * one["step"]["activation_mb"]  # one set for the batch
+    assert -one["step"]["activation_mb"] / 2 < tables < 0
 
 
 def test_steps_are_timed_and_the_report_is_written(monkeypatch, tmp_path, capsys):
