@@ -81,7 +81,9 @@ def estimate(pipeline, plan: Plan) -> Estimate:
     device = torch.device("meta")
     with torch.no_grad(), counter:
         stages = replica(pipeline, lambda t: torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device))
-        weights = sum(t.nbytes for n in stages.modules.values() for t in (*n.parameters(), *n.buffers()))
+        tensors = [t for n in stages.modules.values() for t in (*n.parameters(), *n.buffers())]
+        weights = sum(t.nbytes for t in tensors)
+        counter.leave_out(tensors)  # a view of a weight is no activation
         one = replace(plan, steps=1)  # every step costs the same
         buffers = Buffers(one, device, stages.state_dtype)
         counter.started = True
@@ -170,6 +172,10 @@ class Counter(TorchDispatchMode):
             elif packet in flop_registry:
                 self._cost.flops += flop_registry[packet](*args, **(kwargs or {}), out_val=out)
         return out
+
+    def leave_out(self, tensors) -> None:
+        """Their memory is not counted, nor that of views of them."""
+        self._known.update(t.untyped_storage()._cdata for t in tensors)
 
     def _track(self, storage) -> None:
         key = storage._cdata

@@ -22,7 +22,10 @@ def pointwise(layer: nn.Conv2d | nn.Linear, x: Tensor) -> Tensor:
 
     The result is channels-last. On a CPU faster than the convolution, 1.1 to 2 times at the sizes of these networks.
     """
-    return linear(x.permute(0, 2, 3, 1), layer.weight.flatten(1), layer.bias).permute(0, 3, 1, 2)
+    rows = x.permute(0, 2, 3, 1)
+    # Flat rows are one product whatever their strides, never one of each photo and row.
+    out = linear(rows.flatten(0, 2), layer.weight.flatten(1), layer.bias)
+    return out.unflatten(0, rows.shape[:3]).permute(0, 3, 1, 2)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
