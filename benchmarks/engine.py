@@ -479,9 +479,10 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS) -> dict:
-    """The report: machine and rows, written to `out` as they come."""
-    started, rows, cuda = time.time(), [], device.startswith("cuda")
+def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS, rows=()) -> dict:
+    """The report: machine and rows, written to `out` as they come, behind those of earlier runs."""
+    started, rows, cuda = time.time(), list(rows), device.startswith("cuda")
+    number = 1 + max((row["run"] for row in rows), default=0)
     report = {"machine": machine.describe(device), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
     report |= {"preset": preset, "rows": rows}
 
@@ -489,8 +490,8 @@ def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=Non
         if part not in parts:
             return
         new = attempted(part, function, preset, device, size, *arguments)
-        log(table(new).partition("\n")[2] if rows else table(new))
-        rows.extend(new)
+        log(table(new))
+        rows.extend(row | {"run": number} for row in new)
         report["seconds"] = round(time.time() - started, 1)
         if out is not None:
             out.parent.mkdir(parents=True, exist_ok=True)
@@ -522,6 +523,7 @@ def main(argv=None) -> int:
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each provider's clock (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
+    parser.add_argument("--add", action="store_true", help="to the rows that OUT has; compare only those of one `run`")
     args = parser.parse_args(argv)
     cuda = args.device.startswith("cuda")
     if cuda and not torch.cuda.is_available():
@@ -529,7 +531,8 @@ def main(argv=None) -> int:
     batches, steps = args.batch or ([1, 8, 32] if cuda else [1, 4]), args.steps or ([1, 5, 25] if cuda else [25])
     compiled = args.compile or "compile" in (args.only or ())
     what = (args.device, args.preset, args.size, batches, steps, compiled, args.only, args.seconds)
-    report = run(*what, args.out, parts=args.parts)
+    before = json.loads(args.out.read_text())["rows"] if args.add and args.out and args.out.exists() else ()
+    report = run(*what, args.out, parts=args.parts, rows=before)
     return int(any("failed" in row for row in report["rows"]))
 
 
