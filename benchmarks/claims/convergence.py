@@ -101,7 +101,7 @@ def main(argv=None) -> None:
     vae = found["vae"][-1]
     measured = [sentence(at["tflop"][i], at["seconds"][i]) for i in (-1, 0) if at["tflop"]]
     caption = (
-        f"{said.capitalize()}. {'; '.join([*measured, 'the paper has 5.79 times'])}. In the end they have {ends_said},"
+        f"{said.capitalize()}; {'; '.join([*measured, 'the paper has 5.79 times'])}. In the end they have {ends_said},"
         f" PMRF after {args.pixel_budget:g} times the compute: they trade distortion for perception differently, and"
         f" Latent-PMRF is bounded by its small VAE, whose own reconstructions have a distance of {vae['swd']:.0f}."
         f" {study.what_was_run(s)} Compute is the velocity networks' alone: training the VAE took {vae['tflop']:.1f}"
