@@ -4,9 +4,9 @@
     python -m benchmarks.training --device cuda --preset full --out training-gpu.json
 
 A step is the trainer's own: forward, backward, clipping, AdamW, EMA, on a batch that is already there. Providers run
-the same weights: `plain` on PyTorch's own operations, `ours`, `ours` with activation checkpointing, and with `--compile`
-the first two through torch.compile. Before the clock the gradients of a step are compared with plain's. On a CPU providers take
-turns, so that only ratios within a run mean something.
+the same weights: `plain` on PyTorch's own operations, `ours`, `ours` with activation checkpointing, and with
+`--compile` the first two through torch.compile. Before the clock the gradients of a step are compared with plain's. On
+a CPU providers take turns, so that only ratios within a run mean something.
 """
 
 import argparse
