@@ -45,6 +45,7 @@ from lpmrf_kernels import reference
 from . import machine
 
 FULL = ("swinir-l", "sim-vae-c32", "loouformer")
+PARTS = ("cold start", "providers", "stages", "queue")
 EXAMPLE = Path(lpmrf_fast.__file__).parent / "weights/demo/example.jpg"
 
 
@@ -74,13 +75,19 @@ def plain():
         stack.enter_context(patch.object(models.layers, "linear", plain_linear))
         for module in vars(models).values():
             if hasattr(module, "pointwise"):
-                stack.enter_context(patch.object(module, "pointwise", lambda conv, x: conv(x)))
+                stack.enter_context(patch.object(module, "pointwise", plain_pointwise))
         yield
 
 
 def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
     y = F.linear(x, weight, bias)
     return F.gelu(y) if gelu else y
+
+
+def plain_pointwise(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer, torch.nn.Conv2d):
+        return layer(x)
+    return F.linear(x.permute(0, 2, 3, 1), layer.weight, layer.bias).permute(0, 3, 1, 2)
 
 
 def plainly(pipe: Pipeline, memory_format) -> Pipeline:
@@ -133,12 +140,12 @@ class Ours:
             return self.engine.restore(pixels, steps, seeds).images
 
 
-def parts(provider: Plain | Ours, pixels: Tensor, seeds: list[int], steps: int) -> dict:
+def stage_functions(provider: Plain | Ours, pixels: Tensor, seeds: list[int], steps: int) -> dict:
     """Stage → a function that runs it by itself, "steps" all of them."""
     s, device = provider.stages, pixels.device
     lanes = getattr(getattr(provider, "engine", None), "_lanes", None)
     if lanes and len(pixels) > 1:  # photo by photo, side by side, as the engine does it
-        photo = [parts(provider, pixels[i : i + 1], seeds[i : i + 1], steps) for i in range(len(pixels))]
+        photo = [stage_functions(provider, pixels[i : i + 1], seeds[i : i + 1], steps) for i in range(len(pixels))]
         return {name: lambda name=name: lanes.run([p[name] for p in photo]) for name in photo[0]}
 
     def inside(function):
@@ -157,7 +164,7 @@ def parts(provider: Plain | Ours, pixels: Tensor, seeds: list[int], steps: int) 
     def sample():
         x = z
         for k in range(steps):
-            x = ops.euler_step(x, s.velocity_at(x, times[k], tables, k), 1 / steps)
+            x = s.euler_step(x, times[k], 1 / steps, tables, k)
         return x
 
     found = {
@@ -246,7 +253,7 @@ def serve(connection, name: str, preset: str, device: str, size: int, batch: int
         stages = None
         while (what := connection.recv()) is not None:
             if what != WHOLE and stages is None:
-                stages = parts(provider, pixels, seeds, steps)
+                stages = stage_functions(provider, pixels, seeds, steps)
             run = (lambda: provider(pixels, seeds, steps)) if what == WHOLE else stages[what]
             seconds, result = clock(run, device)
             connection.send((seconds, result.cpu().numpy() if what == WHOLE else None))
@@ -290,7 +297,7 @@ def line(failure: Exception) -> str:
     return " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
 
 
-def in_turns(runs: dict, seconds: float, least: int = 3) -> dict[str, list[float]]:
+def in_turns(runs: dict, seconds: float, least: int = 2) -> dict[str, list[float]]:
     """Seconds of each of runs, name → function that returns them, for about `seconds` each."""
     times, end, names = {name: [] for name in runs}, time.perf_counter() + seconds * len(runs), list(runs)
     while names and (time.perf_counter() < end or len(times[names[0]]) < least):
@@ -303,8 +310,8 @@ def in_turns(runs: dict, seconds: float, least: int = 3) -> dict[str, list[float
 # ---- rows
 
 
-def on_cpu(preset, device, size, batch, steps, compiled, chosen, seconds) -> list[dict]:
-    """Rows of one batch size, end to end and stage by stage."""
+def on_cpu(preset, device, size, batch, steps, compiled, chosen, seconds, staged=True) -> list[dict]:
+    """Rows of one batch size, end to end and, where `staged`, stage by stage."""
     arguments = (preset, device, size, batch, steps, compiled)
     rows, ready, naive = {}, {}, None
     try:
@@ -324,10 +331,10 @@ def on_cpu(preset, device, size, batch, steps, compiled, chosen, seconds) -> lis
         for name, times in in_turns({n: lambda p=p: p()[0] for n, p in ready.items()}, seconds).items():
             rows[name] |= summary(times, batch)
         stages = []
-        for stage in ("posterior mean", "encode", "steps", "decode"):
+        for stage in ("posterior mean", "encode", "steps", "decode") if staged else ():
             for process in ready.values():
                 process(stage)
-            times = in_turns({n: lambda p=p, stage=stage: p(stage)[0] for n, p in ready.items()}, seconds / 8, 2)
+            times = in_turns({n: lambda p=p, stage=stage: p(stage)[0] for n, p in ready.items()}, seconds / 8)
             stages += [{"stage": stage, "of": n} | summary(t, batch) for n, t in times.items()]
     finally:
         for process in ready.values():
@@ -349,8 +356,8 @@ def on_gpu(preset, device, size, batch, steps, compiled, chosen, seconds) -> lis
             provider = found[name]()
             row["load_seconds"] = round(time.perf_counter() - started, 3)
             row["first_call_seconds"], result = clock(lambda p=provider: p(pixels, seeds, steps), device)
-            # In the second call the engine captures.
-            row["second_call_seconds"], result = clock(lambda p=provider: p(pixels, seeds, steps), device)
+            if isinstance(provider, Ours):  # which captures in its second call
+                row["second_call_seconds"], result = clock(lambda p=provider: p(pixels, seeds, steps), device)
             naive = result if name == "naive" else naive
             if naive is not None:
                 row |= difference(result, naive)
@@ -384,7 +391,7 @@ def compared(rows: list[dict], batch: int, steps: int, size: int) -> list[dict]:
     return rows
 
 
-def until(measure, seconds: float, least: int = 5) -> list[float]:
+def until(measure, seconds: float, least: int = 3) -> list[float]:
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < least:
         times.append(measure())
@@ -397,7 +404,7 @@ def graphed_stages(preset, device, size, batch, steps, seconds) -> list[dict]:
         provider = Ours.__new__(Ours)
         provider.engine, provider.context, provider.stages = engine, nullcontext, engine.stages
         rows = []
-        for name, run in parts(provider, photos(device, size, batch), list(range(batch)), steps).items():
+        for name, run in stage_functions(provider, photos(device, size, batch), list(range(batch)), steps).items():
             row = {"stage": name, "of": "engine", "batch": batch, "steps": steps, "size": size}
             try:
                 capturer, plan = CudaDevice(engine.device), engine.plan(size, size, batch, steps)
@@ -472,13 +479,16 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print) -> dict:
+def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS) -> dict:
     """The report: machine and rows, written to `out` as they come."""
     started, rows, cuda = time.time(), [], device.startswith("cuda")
     report = {"machine": machine.describe(device), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
     report |= {"preset": preset, "rows": rows}
 
-    def add(new):
+    def add(part, function, *arguments):
+        if part not in parts:
+            return
+        new = attempted(part, function, preset, device, size, *arguments)
         log(table(new).partition("\n")[2] if rows else table(new))
         rows.extend(new)
         report["seconds"] = round(time.time() - started, 1)
@@ -486,15 +496,17 @@ def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=Non
             out.parent.mkdir(parents=True, exist_ok=True)
             out.write_text(json.dumps(report, indent=1) + "\n")
 
-    if cuda:
-        add(attempted("cold start", cold_start, preset, device, size, max(steps)))
     for batch in batches:
         for k in steps:
-            whole = on_gpu if cuda else on_cpu
-            add(attempted("providers", whole, preset, device, size, batch, k, compiled, chosen, seconds))
+            if cuda:
+                add("providers", on_gpu, batch, k, compiled, chosen, seconds)
+            else:
+                add("providers", on_cpu, batch, k, compiled, chosen, seconds, "stages" in parts)
         if cuda:
-            add(attempted("stages", graphed_stages, preset, device, size, batch, max(steps), seconds / 4))
-        add(attempted("queue", queue, preset, device, size, batch, max(steps), 8 if cuda else 2))
+            add("stages", graphed_stages, batch, max(steps), seconds / 4)
+        add("queue", queue, batch, max(steps), 8 if cuda else 2)
+    if cuda:  # on a CPU every provider's row has it
+        add("cold start", cold_start, max(steps))
     return report
 
 
@@ -506,6 +518,7 @@ def main(argv=None) -> int:
     parser.add_argument("--batch", type=int, nargs="+", help="default: 1 4 on a CPU, 1 8 32 on a GPU")
     parser.add_argument("--steps", type=int, nargs="+", help="default: 25 on a CPU, 1 5 25 on a GPU")
     parser.add_argument("--only", nargs="+", metavar="PROVIDER", help="these beside naive")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the report (default: all)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each provider's clock (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
@@ -515,7 +528,8 @@ def main(argv=None) -> int:
         parser.error("PyTorch sees no GPU; use --device cpu")
     batches, steps = args.batch or ([1, 8, 32] if cuda else [1, 4]), args.steps or ([1, 5, 25] if cuda else [25])
     compiled = args.compile or "compile" in (args.only or ())
-    report = run(args.device, args.preset, args.size, batches, steps, compiled, args.only, args.seconds, args.out)
+    what = (args.device, args.preset, args.size, batches, steps, compiled, args.only, args.seconds)
+    report = run(*what, args.out, parts=args.parts)
     return int(any("failed" in row for row in report["rows"]))
 
 

@@ -19,42 +19,54 @@ constexpr int64_t kPart = 65536;  // elements, about, that one partial result co
 // ---- rows
 
 // The moments of each column, its mean relative to `shift` and its sum of squared differences, over `have` rows take in
-// those of more rows, by Chan's formula. The rows are read twice, from memory and from the first cache: squares of
-// differences to anything but their own mean lose digits.
+// those of more rows, by Chan's formula; the first row of all becomes the shift. The rows are read twice, from memory
+// and from the first cache: squares of differences to anything but their own mean lose digits.
 template <int N, class T>
-LPMRF_INLINE void columns_moments(float* mean, float* squares, const float* shift, int64_t have, const T* x,
-                                  int64_t rows, int64_t columns, int64_t first, int64_t count) {
-  Lanes origin[N], m[N] = {}, square[N] = {};
-  for (int k = 0; k < N; ++k) origin[k] = load_some(shift + first + k * kLanes, count);
-  for (int64_t row = 0; row < rows; ++row)
-    for (int k = 0; k < N; ++k) m[k] += load_some(x + row * columns + first + k * kLanes, count) - origin[k];
-  const float share = 1.0f / rows, part = static_cast<float>(rows) / (have + rows), weight = have * part;
-  for (int k = 0; k < N; ++k) m[k] *= share;
+LPMRF_INLINE void columns_moments(float* shift, float* mean, float* squares, int64_t have, const T* x, int64_t rows,
+                                  int64_t columns, int64_t first, int64_t count) {
+  Pair origin[N], m[N] = {}, square[N] = {};
+  for (int k = 0; k < N; ++k) {
+    float* at = shift + first + k * kPair;
+    if (!have) store_pair(at, load_pair(x + first + k * kPair, count));
+    origin[k] = load_pair(at);
+  }
   for (int64_t row = 0; row < rows; ++row)
     for (int k = 0; k < N; ++k) {
-      const Lanes d = load_some(x + row * columns + first + k * kLanes, count) - origin[k] - m[k];
-      square[k] += d * d;
+      const T* at = x + row * columns + first + k * kPair;
+      for (size_t line = 0; line < kPair * sizeof(T); line += 64)  // of the rows that follow, which memory is to bring
+        __builtin_prefetch(reinterpret_cast<const char*>(at + rows * columns) + line);
+      m[k] = m[k] + (load_pair(at, count) - origin[k]);
+    }
+  const float share = 1.0f / rows, part = static_cast<float>(rows) / (have + rows), weight = have * part;
+  for (int k = 0; k < N; ++k) m[k] = m[k] * share;
+  for (int64_t row = 0; row < rows; ++row)
+    for (int k = 0; k < N; ++k) {
+      const Pair d = load_pair(x + row * columns + first + k * kPair, count) - origin[k] - m[k];
+      square[k] = square[k] + d * d;
     }
   for (int k = 0; k < N; ++k) {
-    const int64_t c = first + k * kLanes;
+    const int64_t c = first + k * kPair;
     if (have) {
-      const Lanes before = load_some(mean + c, count), d = m[k] - before;
-      square[k] += load_some(squares + c, count) + d * d * weight;
+      const Pair before = load_pair(mean + c), d = m[k] - before;
+      square[k] = square[k] + load_pair(squares + c) + d * d * weight;
       m[k] = before + d * part;
     }
-    store_some(mean + c, m[k], count);
-    store_some(squares + c, square[k], count);
+    store_pair(mean + c, m[k]);
+    store_pair(squares + c, square[k]);
   }
 }
 
 template <class T>
-LPMRF_INLINE void rows_moments(float* mean, float* squares, const float* shift, int64_t have, const T* x, int64_t rows,
+LPMRF_INLINE void rows_moments(float* shift, float* mean, float* squares, int64_t have, const T* x, int64_t rows,
                                int64_t columns) {
   int64_t c = 0;
-  for (; c + 4 * kLanes <= columns; c += 4 * kLanes)
-    columns_moments<4>(mean, squares, shift, have, x, rows, columns, c, kLanes);
-  for (; c + kLanes <= columns; c += kLanes) columns_moments<1>(mean, squares, shift, have, x, rows, columns, c, kLanes);
-  if (c < columns) columns_moments<1>(mean, squares, shift, have, x, rows, columns, c, columns - c);
+  for (; c + 4 * kPair <= columns; c += 4 * kPair)  // whole rows of 128 channels: memory is read in order
+    columns_moments<4>(shift, mean, squares, have, x, rows, columns, c, kPair);
+  for (; c + 2 * kPair <= columns; c += 2 * kPair)
+    columns_moments<2>(shift, mean, squares, have, x, rows, columns, c, kPair);
+  for (; c + kPair <= columns; c += kPair)
+    columns_moments<1>(shift, mean, squares, have, x, rows, columns, c, kPair);
+  if (c < columns) columns_moments<1>(shift, mean, squares, have, x, rows, columns, c, columns - c);
 }
 
 // What the norm does to each channel; PLANE: the same for all columns.
@@ -63,22 +75,22 @@ struct Channel {
 };
 
 template <bool PLANE>
-LPMRF_INLINE Lanes parameter(const float* p, int64_t c, int64_t count) {
-  return PLANE ? splat<Lanes>(*p) : load_some(p + c, count);
+LPMRF_INLINE Pair parameter(const float* p, int64_t c) {
+  return PLANE ? Pair{splat<Lanes>(*p), splat<Lanes>(*p)} : load_pair(p + c);
 }
 
 template <bool PLANE, class T>
 LPMRF_INLINE void columns_norm(T* y, const T* x, Channel p, bool act, int64_t c, int64_t count) {
-  const Lanes n = (load_some(x, count) - parameter<PLANE>(p.mean, c, count)) * parameter<PLANE>(p.scale, c, count) +
-                  parameter<PLANE>(p.bias, c, count);
-  store_some(y, act ? silu(n) : n, count);
+  const Pair n = (load_pair(x, count) - parameter<PLANE>(p.mean, c)) * parameter<PLANE>(p.scale, c) +
+                 parameter<PLANE>(p.bias, c);
+  store_pair(y, act ? silu(n) : n, count);
 }
 
 template <bool PLANE, class T>
 LPMRF_INLINE void rows_norm(T* y, const T* x, Channel p, bool act, int64_t rows, int64_t columns) {
   for (int64_t row = 0; row < rows; ++row, x += columns, y += columns) {
     int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) columns_norm<PLANE>(y + c, x + c, p, act, c, kLanes);
+    for (; c + kPair <= columns; c += kPair) columns_norm<PLANE>(y + c, x + c, p, act, c, kPair);
     if (c < columns) columns_norm<PLANE>(y + c, x + c, p, act, c, columns - c);
   }
 }
@@ -90,15 +102,15 @@ struct ChannelBackward {
 
 template <bool PLANE>
 struct Before {
-  Lanes mean, rstd, weight, bias;
+  Pair mean, rstd, weight, bias;
 
-  LPMRF_INLINE Before(const ChannelBackward& p, int64_t c, int64_t count)
-      : mean(parameter<PLANE>(p.mean, c, count)), rstd(parameter<PLANE>(p.rstd, c, count)),
-        weight(parameter<PLANE>(p.weight, c, count)), bias(parameter<PLANE>(p.bias, c, count)) {}
+  LPMRF_INLINE Before(const ChannelBackward& p, int64_t c)
+      : mean(parameter<PLANE>(p.mean, c)), rstd(parameter<PLANE>(p.rstd, c)), weight(parameter<PLANE>(p.weight, c)),
+        bias(parameter<PLANE>(p.bias, c)) {}
 
-  LPMRF_INLINE void operator()(Lanes x, Lanes& x_hat, Lanes& g, bool act) const {
+  LPMRF_INLINE void operator()(Pair x, Pair& x_hat, Pair& g, bool act) const {
     x_hat = (x - mean) * rstd;
-    if (act) g *= silu_slope<Lanes>(x_hat * weight + bias);
+    if (act) g = g * silu_slope(x_hat * weight + bias);
   }
 };
 
@@ -106,35 +118,35 @@ struct Before {
 template <bool PLANE, class T>
 LPMRF_INLINE void columns_sums(float* dweight, float* dbias, const T* g, const T* x, const ChannelBackward& p, bool act,
                                int64_t rows, int64_t columns, int64_t c, int64_t count) {
-  const Before<PLANE> before(p, c, count);
-  Lanes w = {}, b = {};
+  const Before<PLANE> before(p, c);
+  Pair w = {}, b = {};
   for (int64_t row = 0; row < rows; ++row) {
-    Lanes x_hat, d = load_some(g + row * columns + c, count);
-    before(load_some(x + row * columns + c, count), x_hat, d, act);
-    w += d * x_hat;
-    b += d;
+    Pair x_hat, d = load_pair(g + row * columns + c, count);
+    before(load_pair(x + row * columns + c, count), x_hat, d, act);
+    w = w + d * x_hat;
+    b = b + d;
   }
-  store_some(dweight + c, load_some(dweight + c, count) + w, count);
-  store_some(dbias + c, load_some(dbias + c, count) + b, count);
+  store_pair(dweight + c, load_pair(dweight + c) + w);
+  store_pair(dbias + c, load_pair(dbias + c) + b);
 }
 
 template <bool PLANE, class T>
 LPMRF_INLINE void rows_sums(float* dweight, float* dbias, const T* g, const T* x, const ChannelBackward& p, bool act,
                             int64_t rows, int64_t columns) {
   int64_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes)
-    columns_sums<PLANE>(dweight, dbias, g, x, p, act, rows, columns, c, kLanes);
+  for (; c + kPair <= columns; c += kPair)
+    columns_sums<PLANE>(dweight, dbias, g, x, p, act, rows, columns, c, kPair);
   if (c < columns) columns_sums<PLANE>(dweight, dbias, g, x, p, act, rows, columns, c, columns - c);
 }
 
 template <bool PLANE, class T>
 LPMRF_INLINE void columns_backward(T* dx, const T* g, const T* x, const ChannelBackward& p, bool act, int64_t c,
                                    int64_t count) {
-  const Before<PLANE> before(p, c, count);
-  Lanes x_hat, d = load_some(g, count);
-  before(load_some(x, count), x_hat, d, act);
-  d = d * before.weight - parameter<PLANE>(p.group_g, c, count) - x_hat * parameter<PLANE>(p.group_gx, c, count);
-  store_some(dx, d * before.rstd, count);
+  const Before<PLANE> before(p, c);
+  Pair x_hat, d = load_pair(g, count);
+  before(load_pair(x, count), x_hat, d, act);
+  d = d * before.weight - parameter<PLANE>(p.group_g, c) - x_hat * parameter<PLANE>(p.group_gx, c);
+  store_pair(dx, d * before.rstd, count);
 }
 
 template <bool PLANE, class T>
@@ -142,15 +154,15 @@ LPMRF_INLINE void rows_backward(T* dx, const T* g, const T* x, const ChannelBack
                                 int64_t columns) {
   for (int64_t row = 0; row < rows; ++row, x += columns, g += columns, dx += columns) {
     int64_t c = 0;
-    for (; c + kLanes <= columns; c += kLanes) columns_backward<PLANE>(dx + c, g + c, x + c, p, act, c, kLanes);
+    for (; c + kPair <= columns; c += kPair) columns_backward<PLANE>(dx + c, g + c, x + c, p, act, c, kPair);
     if (c < columns) columns_backward<PLANE>(dx + c, g + c, x + c, p, act, c, columns - c);
   }
 }
 
 #define LPMRF_GROUP_NORM(T)                                                                                           \
-  LPMRF_VECTORISED void moments(float* mean, float* squares, const float* shift, int64_t have, const T* x,            \
-                                int64_t rows, int64_t columns) {                                                      \
-    rows_moments(mean, squares, shift, have, x, rows, columns);                                                       \
+  LPMRF_VECTORISED void moments(float* shift, float* mean, float* squares, int64_t have, const T* x, int64_t rows,    \
+                                int64_t columns) {                                                                    \
+    rows_moments(shift, mean, squares, have, x, rows, columns);                                                       \
   }                                                                                                                   \
   LPMRF_VECTORISED void norm(T* y, const T* x, Channel p, bool act, int64_t rows, int64_t columns) {                  \
     act ? rows_norm<false>(y, x, p, true, rows, columns) : rows_norm<false>(y, x, p, false, rows, columns);           \
@@ -185,10 +197,10 @@ LPMRF_GROUP_NORM(BFloat16)
 // rows of all channels, or a run of one plane.
 struct Division {
   bool planes;
-  int64_t photos, channels, pixels, step, parts;
+  int64_t photos, channels, columns, pixels, step, parts;  // columns: of a row of parameters or sums, whole pairs
 
   Division(const Tensor& x, bool planes)
-      : planes(planes), photos(x.size(0)), channels(x.size(1)), pixels(x.size(2) * x.size(3)),
+      : planes(planes), photos(x.size(0)), channels(x.size(1)), columns(padded(channels)), pixels(x.size(2) * x.size(3)),
         step(planes ? kRows * kWide : std::clamp<int64_t>(kTile / channels, 1, kRows)) {
     const int64_t part = planes ? kPart : std::max<int64_t>(1, kPart / channels);
     parts = (pixels + part - 1) / part;
@@ -282,57 +294,57 @@ void group_norm(const Tensor& x_tensor, int64_t groups, const float* weight, con
   const Image<const T> x(x_tensor);
   const Image<T> y(y_tensor);
   const Division d(x_tensor, x.by_channel() && y.by_channel() && !x.by_pixel());
-  const bool rows_in_place = std::is_same_v<T, BFloat16> && x.by_pixel() && y.by_pixel();
-  const int64_t channels = d.channels, size = channels / groups, pixels = d.pixels, parts = d.parts;
+  const bool in_place = std::is_same_v<T, BFloat16> && !d.planes && x.by_pixel() && y.by_pixel();
+  const auto slot = [&](int64_t c) { return in_place ? place<T>(c) : c; };  // of a channel in a row of columns
+  const int64_t channels = d.channels, columns = d.columns, size = channels / groups, pixels = d.pixels;
+  const int64_t parts = d.parts;
 
-  // Each part's moments of each channel, [photos][parts][channels]; means are relative to shifts.
-  std::vector<float> shifts(d.photos * parts * channels), means(shifts.size()), squares(shifts.size());
+  // Each part's moments of each channel, [photos][parts][columns]; means are relative to shifts.
+  std::vector<float> shifts(d.photos * parts * columns), means(shifts.size()), squares(shifts.size());
   d.for_parts([&] {
-    return [&, buffer = std::vector<float>(d.buffer()), columns = Columns()](int64_t b, int64_t part, int64_t c,
+    return [&, buffer = std::vector<float>(d.buffer()), plane = Columns()](int64_t b, int64_t part, int64_t c,
                                                                              int64_t p, int64_t count) mutable {
-      const int64_t first = d.part_begin(part), have = p - first, at = (b * parts + part) * channels + c;
+      const int64_t first = d.part_begin(part), have = p - first, at = (b * parts + part) * columns + c;
       if (d.planes) {
         const auto run = read_run(buffer.data(), x.at(b, 0) + c * pixels + p, count);
         const int64_t rows = count / kWide, rest = count % kWide;
-        if (rows && !have)
-          for (int64_t i = 0; i < kWide; ++i) columns.shift[i] = upcast(run[i]);
-        if (rows) moments(columns.mean, columns.squares, columns.shift, have / kWide, run, rows, kWide);
+        if (rows) moments(plane.shift, plane.mean, plane.squares, have / kWide, run, rows, kWide);
         if (p + count == first + d.part_size(part))
-          columns.fold(&shifts[at], &means[at], &squares[at], have / kWide + rows, run + rows * kWide, rest);
+          plane.fold(&shifts[at], &means[at], &squares[at], have / kWide + rows, run + rows * kWide, rest);
         return;
       }
-      if (!have)
-        for (int64_t i = 0; i < channels; ++i) shifts[at + i] = upcast(x.at(b, first)[i * x.stride_c]);
       const auto take = [&](const auto* rows) {
-        moments(&means[at], &squares[at], &shifts[at], have, rows, count, channels);
+        moments(&shifts[at], &means[at], &squares[at], have, rows, count, channels);
       };
       if constexpr (std::is_same_v<T, BFloat16>)
-        if (rows_in_place) return take(x.at(b, p));
+        if (in_place) return take(x.at(b, p));
       take(read_pixels(buffer.data(), x, b, p, count));
     };
   });
 
   // Each group's mean, and what each channel is multiplied by and what is added to it. The latter takes in what the
   // mean loses in float32.
-  std::vector<float> mean(d.photos * channels), scale(mean.size()), offset(mean.size());
+  std::vector<float> mean(d.photos * columns), scale(mean.size()), offset(mean.size());
   torch::stable::parallel_for(0, d.photos * groups, 1 + kGrain / (parts * size), [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
-      const int64_t channel = job % groups * size, row = job / groups * parts * channels + channel;
-      const double origin = shifts[row], total = static_cast<double>(pixels) * size;
-      const auto centre = [&](int64_t i) { return shifts[row + i] - origin + means[row + i]; };
+      const int64_t channel = job % groups * size, row = job / groups * parts;
+      const auto at = [&](int64_t part, int64_t c) { return (row + part) * columns + slot(channel + c); };
+      const double origin = shifts[at(0, 0)], total = static_cast<double>(pixels) * size;
+      const auto centre = [&](int64_t i) { return shifts[i] - origin + means[i]; };
       double sum = 0, square = 0;
       for (int64_t k = 0; k < parts; ++k)
-        for (int64_t c = 0; c < size; ++c) sum += d.part_size(k) * centre(k * channels + c);
+        for (int64_t c = 0; c < size; ++c) sum += d.part_size(k) * centre(at(k, c));
       const double m = sum / total;
       for (int64_t k = 0; k < parts; ++k)
         for (int64_t c = 0; c < size; ++c) {
-          const double away = centre(k * channels + c) - m;
-          square += squares[row + k * channels + c] + d.part_size(k) * away * away;
+          const double away = centre(at(k, c)) - m;
+          square += squares[at(k, c)] + d.part_size(k) * away * away;
         }
       const double rstd = 1 / std::sqrt(square / total + eps);
       group_mean[job] = static_cast<float>(origin + m);
       group_rstd[job] = static_cast<float>(rstd);
-      for (int64_t i = job * size, c = channel; c < channel + size; ++i, ++c) {
+      for (int64_t c = channel; c < channel + size; ++c) {
+        const int64_t i = job / groups * columns + slot(c);
         mean[i] = group_mean[job];
         scale[i] = static_cast<float>(rstd * weight[c]);
         offset[i] = static_cast<float>(bias[c] + (mean[i] - (origin + m)) * rstd * weight[c]);
@@ -343,7 +355,7 @@ void group_norm(const Tensor& x_tensor, int64_t groups, const float* weight, con
   d.for_tiles([&] {
     return [&, in = std::vector<float>(d.buffer()), out = std::vector<float>(d.buffer())](int64_t b, int64_t c, int64_t p,
                                                                                           int64_t count) mutable {
-      const int64_t i = b * channels + c;
+      const int64_t i = b * columns + c;
       const Channel channel{&mean[i], &scale[i], &offset[i]};
       if (d.planes) {
         T* to = y.at(b, 0) + c * pixels + p;
@@ -353,7 +365,7 @@ void group_norm(const Tensor& x_tensor, int64_t groups, const float* weight, con
         return;
       }
       if constexpr (std::is_same_v<T, BFloat16>)
-        if (rows_in_place) return norm(y.at(b, p), x.at(b, p), channel, act, count, channels);
+        if (in_place) return norm(y.at(b, p), x.at(b, p), channel, act, count, channels);
       float* room = room_for_pixels(out.data(), y, b, p);
       norm(room, read_pixels(in.data(), x, b, p, count), channel, act, count, channels);
       write_pixels(y, room, b, p, count);
@@ -378,25 +390,33 @@ void group_norm_backward(const Tensor& x_tensor, const Tensor& g_tensor, const f
   const Image<const T> x(x_tensor), g(g_tensor);
   const Image<T> dx(dx_tensor);
   const Division d(x_tensor, x.by_channel() && g.by_channel() && dx.by_channel() && !x.by_pixel());
-  const bool rows_in_place = std::is_same_v<T, BFloat16> && x.by_pixel() && g.by_pixel() && dx.by_pixel();
-  const int64_t channels = d.channels, size = channels / groups, pixels = d.pixels, parts = d.parts;
+  const bool in_place =
+      std::is_same_v<T, BFloat16> && !d.planes && x.by_pixel() && g.by_pixel() && dx.by_pixel();
+  const auto slot = [&](int64_t c) { return in_place ? place<T>(c) : c; };  // of a channel in a row of columns
+  const int64_t channels = d.channels, columns = d.columns, size = channels / groups, pixels = d.pixels;
+  const int64_t parts = d.parts;
 
-  std::vector<float> mean(d.photos * channels), rstd(mean.size()), group_gx(mean.size()), group_g(mean.size());
-  for (size_t i = 0; i < mean.size(); ++i) {  // channels of a group lie together, and groups of a photo
-    mean[i] = group_mean[i / size];
-    rstd[i] = group_rstd[i / size];
+  std::vector<float> mean(d.photos * columns), rstd(mean.size()), group_gx(mean.size()), group_g(mean.size());
+  std::vector<float> weights(columns), biases(columns);
+  for (int64_t c = 0; c < channels; ++c) {
+    weights[slot(c)] = weight[c];
+    biases[slot(c)] = bias[c];
+    for (int64_t b = 0; b < d.photos; ++b) {
+      mean[b * columns + slot(c)] = group_mean[b * groups + c / size];
+      rstd[b * columns + slot(c)] = group_rstd[b * groups + c / size];
+    }
   }
   const auto channel = [&](int64_t b, int64_t c) {
-    const int64_t i = b * channels + c;
-    return ChannelBackward{&mean[i], &rstd[i], weight + c, bias + c, &group_gx[i], &group_g[i]};
+    const int64_t i = b * columns + c;
+    return ChannelBackward{&mean[i], &rstd[i], &weights[c], &biases[c], &group_gx[i], &group_g[i]};
   };
 
-  // Each part's sums of each channel, [photos][parts][channels].
-  std::vector<float> part_dweight(d.photos * parts * channels), part_dbias(part_dweight.size());
+  // Each part's sums of each channel, [photos][parts][columns].
+  std::vector<float> part_dweight(d.photos * parts * columns), part_dbias(part_dweight.size());
   d.for_parts([&] {
     return [&, x_buffer = std::vector<float>(d.buffer()), g_buffer = std::vector<float>(d.buffer())](
                int64_t b, int64_t part, int64_t c, int64_t p, int64_t count) mutable {
-      float *dw = &part_dweight[(b * parts + part) * channels + c], *db = &part_dbias[dw - part_dweight.data()];
+      float *dw = &part_dweight[(b * parts + part) * columns + c], *db = &part_dbias[dw - part_dweight.data()];
       const ChannelBackward of = channel(b, c);
       if (d.planes) {
         const auto x_run = read_run(x_buffer.data(), x.at(b, 0) + c * pixels + p, count);
@@ -415,7 +435,7 @@ void group_norm_backward(const Tensor& x_tensor, const Tensor& g_tensor, const f
         return;
       }
       if constexpr (std::is_same_v<T, BFloat16>)
-        if (rows_in_place) return gradient_sums(dw, db, g.at(b, p), x.at(b, p), of, act, count, channels);
+        if (in_place) return gradient_sums(dw, db, g.at(b, p), x.at(b, p), of, act, count, channels);
       gradient_sums(dw, db, read_pixels(g_buffer.data(), g, b, p, count), read_pixels(x_buffer.data(), x, b, p, count),
                     of, act, count, channels);
     };
@@ -425,20 +445,22 @@ void group_norm_backward(const Tensor& x_tensor, const Tensor& g_tensor, const f
   std::vector<double> all_dweight(d.photos * channels), all_dbias(all_dweight.size());
   torch::stable::parallel_for(0, d.photos * groups, 1 + kGrain / (parts * size), [&](int64_t begin, int64_t end) {
     for (int64_t job = begin; job < end; ++job) {
-      const int64_t row = job / groups * parts * channels + job % groups * size;
+      const int64_t channel = job % groups * size, row = job / groups * parts;
       double gx = 0, gg = 0;
       for (int64_t c = 0; c < size; ++c) {
         double &w = all_dweight[job * size + c], &b = all_dbias[job * size + c];
         for (int64_t k = 0; k < parts; ++k) {
-          w += part_dweight[row + k * channels + c];
-          b += part_dbias[row + k * channels + c];
+          w += part_dweight[(row + k) * columns + slot(channel + c)];
+          b += part_dbias[(row + k) * columns + slot(channel + c)];
         }
-        gx += w * weight[job % groups * size + c];
-        gg += b * weight[job % groups * size + c];
+        gx += w * weight[channel + c];
+        gg += b * weight[channel + c];
       }
       const double total = static_cast<double>(pixels) * size;
-      std::fill_n(&group_gx[job * size], size, static_cast<float>(gx / total));
-      std::fill_n(&group_g[job * size], size, static_cast<float>(gg / total));
+      for (int64_t c = channel; c < channel + size; ++c) {
+        group_gx[job / groups * columns + slot(c)] = static_cast<float>(gx / total);
+        group_g[job / groups * columns + slot(c)] = static_cast<float>(gg / total);
+      }
     }
   });
   for (int64_t c = 0; c < channels; ++c) {
@@ -464,7 +486,7 @@ void group_norm_backward(const Tensor& x_tensor, const Tensor& g_tensor, const f
         return;
       }
       if constexpr (std::is_same_v<T, BFloat16>)
-        if (rows_in_place) return backward(dx.at(b, p), g.at(b, p), x.at(b, p), of, act, count, channels);
+        if (in_place) return backward(dx.at(b, p), g.at(b, p), x.at(b, p), of, act, count, channels);
       float* room = room_for_pixels(out.data(), dx, b, p);
       backward(room, read_pixels(g_buffer.data(), g, b, p, count), read_pixels(x_buffer.data(), x, b, p, count), of, act,
                count, channels);

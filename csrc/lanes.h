@@ -7,6 +7,7 @@
 #include "common.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #define LPMRF_INLINE inline __attribute__((always_inline))
 #define LPMRF_LAMBDA __attribute__((always_inline))
@@ -86,23 +87,6 @@ LPMRF_INLINE void store(BFloat16* p, V v) {  // to the nearest, ties to even; Na
   }
 }
 
-// `count` elements, at most kLanes; zeros in the other lanes.
-template <class T>
-LPMRF_INLINE Lanes load_some(const T* p, int64_t count) {
-  if (count == kLanes) return load<Lanes>(p);
-  T some[kLanes] = {};
-  for (int64_t i = 0; i < count; ++i) some[i] = p[i];
-  return load<Lanes>(some);
-}
-
-template <class T>
-LPMRF_INLINE void store_some(T* p, Lanes v, int64_t count) {
-  if (count == kLanes) return store<Lanes>(p, v);
-  T some[kLanes];
-  store<Lanes>(some, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = some[i];
-}
-
 template <class V>
 LPMRF_INLINE V splat(float x) {
   return V{} + x;
@@ -113,12 +97,6 @@ LPMRF_INLINE float sum(Lanes v) {
   float total = 0;
   for (int i = 0; i < kLanes; ++i) total += v[i];
   return total;
-}
-
-// x with zeros from lane `count` on.
-LPMRF_INLINE Lanes keep(Lanes x, int64_t count) {
-  constexpr IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  return count == kLanes ? x : (lane < static_cast<int32_t>(count) ? x : Lanes{});
 }
 
 // Neighbours added: eight sums of a's lanes, then eight of b's.
@@ -233,6 +211,103 @@ LPMRF_INLINE void normal(V x, V& cdf, V& density) {
   const V inside = normal_odd(x) + 0.5f;
   cdf = x > 1.0f ? outside : (x < -1.0f ? tail : inside);
   density = 0.398942280f * e;
+}
+
+// ---- pairs
+
+// 2 kLanes elements in the order that costs least: of bfloat16 those with even indices, then those with odd ones, for
+// which a word's halves need no instruction that moves them to another lane. Parameters and sums that meet them are
+// float32 in the same order (`place`), in rows of whole pairs (`padded`).
+struct Pair {
+  Lanes a, b;
+};
+
+constexpr int64_t kPair = 2 * kLanes;
+
+LPMRF_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+LPMRF_INLINE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+LPMRF_INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+LPMRF_INLINE Pair operator-(Pair x, float y) { return {x.a - y, x.b - y}; }
+LPMRF_INLINE Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
+LPMRF_INLINE Pair silu(Pair x) { return {silu(x.a), silu(x.b)}; }
+LPMRF_INLINE Pair silu_slope(Pair x) { return {silu_slope(x.a), silu_slope(x.b)}; }
+
+[[maybe_unused]] inline int64_t padded(int64_t count) { return (count + kPair - 1) / kPair * kPair; }
+
+// Where element i is in a row of pairs of T.
+template <class T>
+int64_t place(int64_t i) {
+  return std::is_same_v<T, BFloat16> ? i / kPair * kPair + i % 2 * kLanes + i % kPair / 2 : i;
+}
+
+// `count` elements, at most kPair; zeros in the other places. One and two vectors are loads without detours.
+LPMRF_INLINE Pair load_pair(const float* p, int64_t count = kPair) {
+  if (count == kPair) return {load<Lanes>(p), load<Lanes>(p + kLanes)};
+  if (count == kLanes) return {load<Lanes>(p), Lanes{}};
+  float some[kPair] = {};
+  std::memcpy(some, p, count * sizeof(float));
+  return {load<Lanes>(some), load<Lanes>(some + kLanes)};
+}
+
+LPMRF_INLINE Pair load_pair(const BFloat16* p, int64_t count = kPair) {
+  WordLanes words = {};
+  if (count == kPair) {
+    std::memcpy(&words, p, sizeof words);
+  } else if (count == kLanes) {
+    using HalfOfWords = uint32_t __attribute__((vector_size(2 * kLanes)));
+    HalfOfWords half;
+    std::memcpy(&half, p, sizeof half);
+#if defined(__clang__) || __GNUC__ >= 12
+    words = __builtin_shufflevector(half, HalfOfWords{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    std::memcpy(&words, &half, sizeof half);
+#endif
+  } else {
+    std::memcpy(&words, p, count * sizeof(BFloat16));
+  }
+  return {as<Lanes>(words << 16), as<Lanes>(words & 0xFFFF0000u)};
+}
+
+LPMRF_INLINE void store_pair(float* p, Pair v, int64_t count = kPair) {
+  if (count == kPair) {
+    store<Lanes>(p, v.a);
+    store<Lanes>(p + kLanes, v.b);
+  } else if (count == kLanes) {
+    store<Lanes>(p, v.a);
+  } else {
+    float some[kPair];
+    store<Lanes>(some, v.a);
+    store<Lanes>(some + kLanes, v.b);
+    std::memcpy(p, some, count * sizeof(float));
+  }
+}
+
+// The bits of the nearest bfloat16, ties to even, in the upper half; NaN stays NaN.
+LPMRF_INLINE WordLanes nearest(Lanes v) {
+  const WordLanes word = as<WordLanes>(v);
+  return v == v ? word + 0x7FFF + (word >> 16 & 1) : WordLanes{} + 0x7FC00000u;
+}
+
+LPMRF_INLINE void store_pair(BFloat16* p, Pair v, int64_t count = kPair) {
+  const WordLanes words = nearest(v.a) >> 16 | (nearest(v.b) & 0xFFFF0000u);
+  if (count == kPair) {
+    std::memcpy(p, &words, sizeof words);
+  } else if (count == kLanes) {
+    std::memcpy(p, &words, sizeof words / 2);
+  } else {
+    std::memcpy(p, &words, count * sizeof(BFloat16));
+  }
+}
+
+// x with zeros from element `count` on.
+template <class T>
+LPMRF_INLINE Pair keep(Pair x, int64_t count) {
+  if (count == kPair) return x;
+  constexpr IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr bool even_odd = std::is_same_v<T, BFloat16>;
+  constexpr IntLanes first = even_odd ? 2 * lane : lane, second = even_odd ? 2 * lane + 1 : lane + 16;
+  const int32_t n = static_cast<int32_t>(count);
+  return {first < n ? x.a : Lanes{}, second < n ? x.b : Lanes{}};
 }
 
 }  // namespace

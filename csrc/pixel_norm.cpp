@@ -14,17 +14,17 @@ constexpr int64_t kColumns = 64;  // the same where channels are planes
 
 // ---- rows of channels, sixteen pixels at a time: lane i of a statistic is pixel i's
 
-// Sums over the channels of f(row, c, count), for each of up to kLanes rows.
-template <class F>
+// Sums over the channels of f(row, c, count), for each of up to kLanes rows of elements T.
+template <class T, class F>
 LPMRF_INLINE Lanes sums_of_rows(int64_t rows, int64_t channels, const F& f) {
   Lanes totals[kLanes];
   for (int64_t r = 0; r < kLanes; ++r) {
     const int64_t row = std::min(r, rows - 1);
-    Lanes total = {};
+    Pair total = {};
     int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) total += f(row, c, kLanes);
-    if (c < channels) total += keep(f(row, c, channels - c), channels - c);
-    totals[r] = total;
+    for (; c + kPair <= channels; c += kPair) total = total + f(row, c, kPair);
+    if (c < channels) total = total + keep<T>(f(row, c, channels - c), channels - c);
+    totals[r] = total.a + total.b;
   }
   return sums(totals);
 }
@@ -40,13 +40,13 @@ LPMRF_INLINE Statistics statistics(const T* x, int64_t rows, int64_t channels, f
   if (centred) {
     float shift[kLanes];  // relative to the first element: a large mean costs no digits
     for (int64_t r = 0; r < kLanes; ++r) shift[r] = upcast(x[std::min(r, rows - 1) * channels]);
-    const Lanes away = sums_of_rows(rows, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
-      return load_some(x + r * channels + c, n) - shift[r];
+    const Lanes away = sums_of_rows<T>(rows, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
+      return load_pair(x + r * channels + c, n) - shift[r];
     });
     store<Lanes>(s.mean, load<Lanes>(shift) + away / size);
   }
-  const Lanes squares = sums_of_rows(rows, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
-    const Lanes d = load_some(x + r * channels + c, n) - s.mean[r];
+  const Lanes squares = sums_of_rows<T>(rows, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
+    const Pair d = load_pair(x + r * channels + c, n) - s.mean[r];
     return d * d;
   });
   store<Lanes>(s.rstd, squares);
@@ -62,17 +62,17 @@ LPMRF_INLINE void rows_norm(T* y, const T* x, int64_t rows, int64_t channels, co
     const Statistics s = statistics(x, here, channels, eps, centred);
     for (int64_t r = 0; r < here; ++r) {
       const auto norm = [&](int64_t c, int64_t n) LPMRF_LAMBDA {
-        const Lanes d = load_some(x + r * channels + c, n) - s.mean[r];
-        store_some(y + r * channels + c, d * s.rstd[r] * load_some(weight + c, n) + load_some(bias + c, n), n);
+        const Pair d = load_pair(x + r * channels + c, n) - s.mean[r];
+        store_pair(y + r * channels + c, d * s.rstd[r] * load_pair(weight + c) + load_pair(bias + c), n);
       };
       int64_t c = 0;
-      for (; c + kLanes <= channels; c += kLanes) norm(c, kLanes);
+      for (; c + kPair <= channels; c += kPair) norm(c, kPair);
       if (c < channels) norm(c, channels - c);
     }
   }
 }
 
-// dweight and dbias are added to; g_sum may be null.
+// Parameters and their gradients are rows of pairs of T. dweight and dbias are added to; g_sum may be null.
 template <class T>
 LPMRF_INLINE void rows_backward(T* dx, float* dweight, float* dbias, const T* x, const T* g, const T* g_sum,
                                 int64_t rows, int64_t channels, const float* weight, float eps, bool centred) {
@@ -83,28 +83,28 @@ LPMRF_INLINE void rows_backward(T* dx, float* dweight, float* dbias, const T* x,
     const Statistics s = statistics(x, here, channels, eps, centred);
     float g_mean[kLanes] = {}, g_x[kLanes];
     if (centred)
-      store<Lanes>(g_mean, sums_of_rows(here, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
-                             return load_some(g + r * channels + c, n) * load_some(weight + c, n);
+      store<Lanes>(g_mean, sums_of_rows<T>(here, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
+                             return load_pair(g + r * channels + c, n) * load_pair(weight + c);
                            }) / size);
-    store<Lanes>(g_x, sums_of_rows(here, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
-                        const Lanes x_hat = (load_some(x + r * channels + c, n) - s.mean[r]) * s.rstd[r];
-                        return load_some(g + r * channels + c, n) * load_some(weight + c, n) * x_hat;
+    store<Lanes>(g_x, sums_of_rows<T>(here, channels, [&](int64_t r, int64_t c, int64_t n) LPMRF_LAMBDA {
+                        const Pair x_hat = (load_pair(x + r * channels + c, n) - s.mean[r]) * s.rstd[r];
+                        return load_pair(g + r * channels + c, n) * load_pair(weight + c) * x_hat;
                       }) / size);
     const auto column = [&](int64_t c, int64_t n) LPMRF_LAMBDA {
-      Lanes w = load_some(dweight + c, n), b = load_some(dbias + c, n);
+      Pair w = load_pair(dweight + c), b = load_pair(dbias + c);
       for (int64_t r = 0; r < here; ++r) {
         const int64_t at = r * channels + c;
-        const Lanes x_hat = (load_some(x + at, n) - s.mean[r]) * s.rstd[r], d = load_some(g + at, n);
-        w += d * x_hat;
-        b += d;
-        const Lanes own = (d * load_some(weight + c, n) - g_mean[r] - x_hat * g_x[r]) * s.rstd[r];
-        store_some(dx + at, g_sum ? own + load_some(g_sum + at, n) : own, n);
+        const Pair x_hat = (load_pair(x + at, n) - s.mean[r]) * s.rstd[r], d = load_pair(g + at, n);
+        w = w + d * x_hat;
+        b = b + d;
+        const Pair own = (d * load_pair(weight + c) - g_mean[r] - x_hat * g_x[r]) * s.rstd[r];
+        store_pair(dx + at, g_sum ? own + load_pair(g_sum + at, n) : own, n);
       }
-      store_some(dweight + c, w, n);
-      store_some(dbias + c, b, n);
+      store_pair(dweight + c, w);
+      store_pair(dbias + c, b);
     };
     int64_t c = 0;
-    for (; c + kLanes <= channels; c += kLanes) column(c, kLanes);
+    for (; c + kPair <= channels; c += kPair) column(c, kPair);
     if (c < channels) column(c, channels - c);
   }
 }
@@ -164,7 +164,11 @@ void forward(const Tensor& x_tensor, const std::optional<Tensor>& residual, cons
   const int64_t channels = x.channels, pixels = x.height * x.width;
 
   const bool planes = x.by_channel() && r.by_channel() && y.by_channel() && !x.by_pixel();
-  const bool in_place = x.by_pixel() && r.by_pixel() && y.by_pixel();  // sum is laid out as y
+  const bool in_place = std::is_same_v<T, BFloat16> && x.by_pixel() && r.by_pixel() && y.by_pixel();  // sum is as y
+  const std::vector<float> weights = weight.pairs(in_place), biases = bias.pairs(in_place);
+  const auto row = [&](const Parameter& p, const std::vector<float>& pairs, int64_t b) {
+    return pairs.data() + (p.stride ? b * padded(channels) : 0);
+  };
   const int64_t step = planes ? kColumns : std::clamp<int64_t>(kTile / channels, kLanes, kRows);
   const int64_t tiles = (pixels + step - 1) / step;
   torch::stable::parallel_for(
@@ -173,6 +177,7 @@ void forward(const Tensor& x_tensor, const std::optional<Tensor>& residual, cons
         float *const a = first_buffer.data(), *const other = second_buffer.data();
         for (int64_t job = begin; job < end; ++job) {
           const int64_t b = job / tiles, first = job % tiles * step, count = std::min(step, pixels - first);
+          const float *weight_row = row(weight, weights, b), *bias_row = row(bias, biases, b);
           if (planes) {
             for (int64_t c = 0; c < channels; ++c) {
               const int64_t at = first + c * pixels;
@@ -192,7 +197,7 @@ void forward(const Tensor& x_tensor, const std::optional<Tensor>& residual, cons
           if constexpr (std::is_same_v<T, BFloat16>) {
             if (in_place) {
               if (residual) add_rows(sum.at(b, first), x.at(b, first), r.at(b, first), count * channels);
-              norm_rows(y.at(b, first), in.at(b, first), count, channels, weight.row(b), bias.row(b), eps, centred);
+              norm_rows(y.at(b, first), in.at(b, first), count, channels, weight_row, bias_row, eps, centred);
               continue;
             }
           }
@@ -203,8 +208,7 @@ void forward(const Tensor& x_tensor, const std::optional<Tensor>& residual, cons
             write_pixels(sum, total, b, first, count);
           }
           float* out = room_for_pixels(other, y, b, first);
-          norm_rows(out, read_pixels(a, in, b, first, count), count, channels, weight.row(b), bias.row(b), eps,
-                    centred);
+          norm_rows(out, read_pixels(a, in, b, first, count), count, channels, weight_row, bias_row, eps, centred);
           write_pixels(y, out, b, first, count);
         }
       });
@@ -227,13 +231,17 @@ void backward(const Tensor& x_tensor, const Tensor& g_tensor, const std::optiona
   const Image<T> dx(dx_tensor);
   const int64_t channels = x.channels, pixels = x.height * x.width;
   const int64_t step = std::clamp<int64_t>(kTile / channels, kLanes, kRows);
-  const bool in_place = x.by_pixel() && g.by_pixel() && g_sum.by_pixel() && dx.by_pixel();
+  const bool in_place =
+      std::is_same_v<T, BFloat16> && x.by_pixel() && g.by_pixel() && g_sum.by_pixel() && dx.by_pixel();
+  const int64_t columns = padded(channels);
+  const std::vector<float> weights = weight.pairs(in_place);
   torch::stable::parallel_for(0, x_tensor.size(0) * chunks, 1, [&](int64_t begin, int64_t end) {
-    std::vector<float> buffers(4 * step * channels), dw(channels), db(channels);
+    std::vector<float> buffers(4 * step * channels), dw(columns), db(columns);
     float *const a = buffers.data(), *const b1 = a + step * channels, *const c1 = b1 + step * channels,
                  *const out_buffer = c1 + step * channels;
     for (int64_t job = begin; job < end; ++job) {
       const int64_t b = job / chunks, chunk = job % chunks, last = pixels * (chunk + 1) / chunks;
+      const float* weight_row = weights.data() + (weight.stride ? b * columns : 0);
       std::fill(dw.begin(), dw.end(), 0.f);
       std::fill(db.begin(), db.end(), 0.f);
       for (int64_t first = pixels * chunk / chunks; first < last; first += step) {
@@ -241,8 +249,7 @@ void backward(const Tensor& x_tensor, const Tensor& g_tensor, const std::optiona
         if constexpr (std::is_same_v<T, BFloat16>) {
           if (in_place) {
             norm_rows_backward(dx.at(b, first), dw.data(), db.data(), x.at(b, first), g.at(b, first),
-                               g_sum_tensor ? g_sum.at(b, first) : nullptr, count, channels, weight.row(b), eps,
-                               centred);
+                               g_sum_tensor ? g_sum.at(b, first) : nullptr, count, channels, weight_row, eps, centred);
             continue;
           }
         }
@@ -250,11 +257,14 @@ void backward(const Tensor& x_tensor, const Tensor& g_tensor, const std::optiona
         norm_rows_backward(out, dw.data(), db.data(), read_pixels(a, x, b, first, count),
                            read_pixels(b1, g, b, first, count),
                            g_sum_tensor ? read_pixels(c1, g_sum, b, first, count) : nullptr, count, channels,
-                           weight.row(b), eps, centred);
+                           weight_row, eps, centred);
         write_pixels(dx, out, b, first, count);
       }
-      if (dweight) std::copy_n(dw.data(), channels, dweight + job * channels);
-      if (dbias) std::copy_n(db.data(), channels, dbias + job * channels);
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t at = in_place ? place<BFloat16>(c) : c;
+        if (dweight) dweight[job * channels + c] = dw[at];
+        if (dbias) dbias[job * channels + c] = db[at];
+      }
     }
   });
 }

@@ -1,7 +1,7 @@
 // Runs of elements: to float32 and back, and where the pixels of an image are. Overloads, not templates: GCC clones none.
 #pragma once
 
-#include "common.h"
+#include "lanes.h"
 
 #include <optional>
 #include <type_traits>
@@ -123,6 +123,18 @@ struct Parameter {
     });
   }
   const float* row(int64_t b) const { return data.data() + b * stride; }
+
+  // All rows as rows of pairs: of bfloat16, or of float32.
+  std::vector<float> pairs(bool of_bfloat16) const {
+    const int64_t count = stride ? stride : static_cast<int64_t>(data.size()), rows = data.size() / count;
+    std::vector<float> result(rows * lanes::padded(count));
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t at = of_bfloat16 ? lanes::place<BFloat16>(c) : c;
+        result[b * lanes::padded(count) + at] = data[b * count + c];
+      }
+    return result;
+  }
 };
 
 }  // namespace

@@ -17,9 +17,8 @@ Table       "attention_providers" in configs/<GPU>.json (see `launch.py`), a row
 RoPE        Tables cos and sin rotate q and k in front, in PyTorch, whoever attends. Where they matter, the depthwise
             convolution in front applies them in its own pass.
 
-C++         Heads of any size and layout; a block of 48 queries goes through its head's keys in tiles of 64, which
-            lie in the thread's cache as float32, transposed once. Everything is float32 until the one
-            rounding of the result.
+C++         Heads of any size and layout; a block of 48 queries goes through its head's keys in tiles of 64, which lie
+            in the thread's cache as float32, transposed once. Everything is float32 until the result's one rounding.
 
 Of the Triton kernels:
 Dtypes      q, k and v float32, bfloat16 or float16, all alike.
@@ -33,13 +32,14 @@ Source      Dao 2023 (FlashAttention-2, arXiv 2307.08691).
 """
 
 import importlib
+import logging
 import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -48,9 +48,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import reference
 from ._triton import jit, tl
-from .launch import launch_config, nearest_row
+from .launch import choices, launch_config, nearest_row
 from .registry import OPS, CompileCase, Kernel, Op, Served, forced_backend, register, unavailable
 from .tiles import DTYPES, load_tile, tile_size, upcast
+
+_log = logging.getLogger("lpmrf_kernels")
+
 
 # ---- kernels
 
@@ -344,8 +347,12 @@ def _grid(x: Tensor, config: dict[str, int]) -> tuple[int]:
 
 
 def _config(kernel: str, q: Tensor, k: Tensor) -> dict[str, int]:
+    """A table is made with half precision and heads of 64: what is larger may not fit the memory of its choices."""
+    default = _default(kernel, q)
+    if q.dtype == torch.float32 or q.shape[3] > 64:
+        return default
     sizes = {"rows": q.shape[0] * q.shape[1] * q.shape[2], "keys": k.shape[2], "depth": q.shape[3]}
-    return launch_config(kernel, q.device, _default(kernel, q), **sizes)
+    return launch_config(kernel, q.device, default, **sizes)
 
 
 def _default(kernel: str, q: Tensor) -> dict[str, int]:
@@ -569,6 +576,39 @@ def _served(direction: str, device: str) -> Served:
     return Served("attention", direction, device, backend, why_not)
 
 
+def _tune_inputs(device):
+    """The coarse levels of LooUFormer and HDiT; the gradients at a training's batch; views as networks have them."""
+    for batch, heads, tokens, gradients in (
+        (1, 12, 256, False),
+        (1, 16, 1024, False),
+        (8, 12, 256, False),
+        (8, 16, 1024, True),
+    ):
+        shape, like = (batch, tokens, heads, 64), {"device": device, "dtype": torch.bfloat16}
+        qkv = (torch.randn(shape, **like).transpose(1, 2).requires_grad_(gradients) for _ in range(3))
+        yield *qkv, 0.125
+
+
+def _race_providers(device: torch.device, measure: Callable[[Callable], float]) -> dict[str, list[dict[str, int]]]:
+    """The table of providers: nanoseconds of each that serves at these sizes."""
+    rows = []
+    for q, k, v, scale in _tune_inputs(device):
+        row = {"depth": q.shape[3], "queries": q.shape[2], "keys": k.shape[2]}
+        q, k, v = (t.detach() for t in (q, k, v))
+        for name, provider in PROVIDERS.items():
+            if _refusal(name, device.type, q.dtype, q.shape[3]) is None:
+                call = partial(provider.run, q, k, v, scale)
+                try:
+                    row[name] = max(1, round(1e9 * measure(call)))
+                except RuntimeError as error:  # a prescribed kernel that this GPU has not
+                    _log.debug("attention by %s is out: %s", name, error)
+        rows.append(row)
+    return {"attention_providers": rows}
+
+
+_BACKWARD = choices(BLOCK_M=(64, 128), BLOCK_N=(32, 64), STAGES=(2,), num_warps=(4, 8))
+
+
 # ---- registration
 
 register(
@@ -581,6 +621,13 @@ register(
         },
         backward={"triton": Kernel(_launch_attention_backward)},
         compile_cases=_compile_cases,
+        candidates={
+            "attention": choices(BLOCK_M=(64, 128), BLOCK_N=(64, 128), STAGES=(2, 3), num_warps=(4, 8)),
+            "attention_dq": _BACKWARD,
+            "attention_dkdv": _BACKWARD,
+        },
+        tune_inputs=_tune_inputs,
+        race=_race_providers,
         served=_served,
     )
 )

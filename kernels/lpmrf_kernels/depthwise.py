@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ._triton import jit, tl, triton
-from .launch import launch_config
+from .launch import choices, launch_config
 from .registry import CompileCase
 
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -170,6 +170,10 @@ def _depthwise_bwd_kernel(
 CONV_TILE = {"ROWS": 8, "BLOCK_W": 8, "BLOCK_C": 64, "num_warps": 4}
 
 
+CONV_CANDIDATES = choices(ROWS=(4, 8), BLOCK_W=(8, 16), BLOCK_C=(64, 128), num_warps=(4, 8))
+CONV_BACKWARD_CANDIDATES = choices(ROWS=(4, 8), BLOCK_W=(8,), BLOCK_C=(64, 128), num_warps=(4, 8))
+
+
 def conv_default(out: Tensor) -> dict[str, int]:
     """A forward kernel's tile: fewer rows where eight leave a large GPU short of programs."""
     many = conv_grid(out, CONV_TILE)[0] >= 512
@@ -201,6 +205,13 @@ def launch_depthwise_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Ten
 
 
 BACKWARD_DEFAULT = {"ROWS": 16, "BLOCK_W": 8, "BLOCK_C": 64, "num_warps": 4}
+BACKWARD_CANDIDATES = choices(ROWS=(8, 16), BLOCK_W=(8,), BLOCK_C=(64, 128), num_warps=(4, 8))
+
+
+def map_to_tune(device, batch: int, channels: int, side: int, gradients: bool = False) -> Tensor:
+    """A bfloat16 channels-last map of the velocity network."""
+    x = torch.randn(batch, side, side, channels, device=device, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+    return x.requires_grad_(gradients)
 
 
 def cpp_depthwise_backward(g: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:

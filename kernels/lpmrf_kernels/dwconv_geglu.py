@@ -25,6 +25,9 @@ from torch import Tensor
 from . import reference
 from ._triton import jit, tl, triton
 from .depthwise import (
+    BACKWARD_CANDIDATES,
+    CONV_BACKWARD_CANDIDATES,
+    CONV_CANDIDATES,
     CONV_TILE,
     DTYPES,
     backward_case,
@@ -39,13 +42,14 @@ from .depthwise import (
     launch_depthwise_backward,
     load_row,
     load_taps,
+    map_to_tune,
     refuses_dtypes,
     refuses_dtypes_cpp,
     roll,
     tile_of,
     torch_depthwise_backward,
 )
-from .launch import launch_config
+from .launch import choices, launch_config
 from .layout import laid_out_like
 from .pixels import TILE, pixel_tile, rows_adjoin, tile_default
 from .registry import CompileCase, Kernel, Op, forced_backend, register, run, use_backend
@@ -440,6 +444,24 @@ def _dwconv_geglu_cases() -> list[CompileCase]:
     ] + [backward_case(dtype) for dtype in DTYPES.values()]
 
 
+_CANDIDATES = choices(BLOCK_P=(8, 16, 32), BLOCK_C=(128, 256), num_warps=(4, 8))
+
+
+def _tune_geglu(device):
+    """HDiT's levels; the gradients at a training's batch."""
+    for batch, hidden, side in ((1, 768, 128), (1, 1536, 64), (8, 768, 128)):
+        yield map_to_tune(device, batch, 2 * hidden, side), False
+    yield map_to_tune(device, 8, 2 * 768, 128, gradients=True), False
+
+
+def _tune_dwconv_geglu(device):
+    """LooUFormer's levels."""
+    for batch, hidden, side in ((1, 768, 64), (1, 1536, 32), (1, 2304, 16), (8, 768, 64)):
+        for gradients in (False, True) if batch == 8 else (False,):
+            weight, bias = torch.randn(2 * hidden, 1, 3, 3, device=device), torch.randn(2 * hidden, device=device)
+            yield map_to_tune(device, batch, 2 * hidden, side, gradients), weight, bias, True
+
+
 # ---- registration
 
 register(
@@ -456,6 +478,8 @@ register(
             "torch": Kernel(_torch_geglu_backward),
         },
         compile_cases=_geglu_cases,
+        candidates={"geglu": _CANDIDATES, "geglu_backward": _CANDIDATES},
+        tune_inputs=_tune_geglu,
     )
 )
 register(
@@ -472,6 +496,12 @@ register(
             "torch": Kernel(_torch_dwconv_geglu_backward),
         },
         compile_cases=_dwconv_geglu_cases,
+        candidates={
+            "dwconv_geglu": CONV_CANDIDATES,
+            "dwconv_geglu_backward": CONV_BACKWARD_CANDIDATES,
+            "depthwise_backward": BACKWARD_CANDIDATES,  # of both ops with this convolution
+        },
+        tune_inputs=_tune_dwconv_geglu,
     )
 )
 

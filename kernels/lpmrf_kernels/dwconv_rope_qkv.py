@@ -30,6 +30,8 @@ from torch import Tensor
 from . import reference
 from ._triton import jit, tl, triton
 from .depthwise import (
+    CONV_BACKWARD_CANDIDATES,
+    CONV_CANDIDATES,
     CONV_TILE,
     DTYPES,
     backward_case,
@@ -42,6 +44,7 @@ from .depthwise import (
     launch_depthwise_backward,
     load_row,
     load_taps,
+    map_to_tune,
     refuses_dtypes,
     refuses_dtypes_cpp,
     roll,
@@ -281,10 +284,13 @@ TILE = {**CONV_TILE, "ROWS": 4}
 """With eight rows and the tables' pointers, sm_80 runs out of registers."""
 
 
-def _default(qkv: Tensor, num_heads: int) -> dict[str, int]:
+def _config(name: str, qkv: Tensor, num_heads: int) -> dict[str, int]:
     """At least one whole head, as a scale needs."""
-    half = qkv.shape[1] // 6 // num_heads
-    return {**TILE, "BLOCK_C": max(TILE["BLOCK_C"], triton.next_power_of_2(half))}
+    _, C, H, W = qkv.shape
+    half = triton.next_power_of_2(C // 6 // num_heads)
+    default = {**TILE, "BLOCK_C": max(TILE["BLOCK_C"], half)}
+    config = launch_config(name, qkv.device, default, pixels=H * W, channels=C)
+    return {**config, "BLOCK_C": max(config["BLOCK_C"], half)}
 
 
 def _heads_like(qkv: Tensor, num_heads: int) -> Three:
@@ -299,8 +305,7 @@ def _launch_dwconv_rope_qkv(
     q, k, v = _heads_like(qkv, num_heads)
     if qkv.numel():
         _, C, H, W = qkv.shape
-        default = _default(qkv, num_heads)
-        config = launch_config("dwconv_rope_qkv", qkv.device, default, pixels=H * W, channels=C)
+        config = _config("dwconv_rope_qkv", qkv, num_heads)
         programs, _ = _grid(qkv, config)
         parameters = [qkv if p is None else p.contiguous() for p in (weight, bias, cos, sin, scale)]
         with torch.cuda.device_of(qkv):
@@ -336,8 +341,7 @@ def _launch_dwconv_rope_qkv_backward(
     along = qkv.new_zeros(1, 2, num_heads, dtype=torch.float32)
     if qkv.numel():
         _, C, H, W = qkv.shape
-        default = _default(qkv, num_heads)
-        config = launch_config("dwconv_rope_qkv_backward", qkv.device, default, pixels=H * W, channels=C)
+        config = _config("dwconv_rope_qkv_backward", qkv, num_heads)
         programs, blocks = _grid(qkv, config)
         along = torch.empty(programs // blocks, 2, num_heads, device=qkv.device)
         parameters = [qkv if p is None else p.contiguous() for p in (weight, bias, cos, sin, scale)]
@@ -501,6 +505,17 @@ def _compile_cases() -> list[CompileCase]:
     ]
 
 
+def _tune_inputs(device):
+    """LooUFormer's levels."""
+    for batch, heads, side in ((1, 4, 64), (1, 8, 32), (1, 12, 16), (8, 4, 64)):
+        for gradients in (False, True) if batch == 8 else (False,):
+            channels = 3 * heads * 64
+            qkv = map_to_tune(device, batch, channels, side, gradients)
+            weight, bias = torch.randn(channels, 1, 3, 3, device=device), torch.randn(channels, device=device)
+            angles = torch.randn(side, side, heads, 16, device=device)
+            yield qkv, heads, weight, bias, angles.cos(), angles.sin(), None, 1e-6
+
+
 # ---- registration
 
 register(
@@ -517,6 +532,8 @@ register(
             "torch": Kernel(_torch_dwconv_rope_qkv_backward),
         },
         compile_cases=_compile_cases,
+        candidates={"dwconv_rope_qkv": CONV_CANDIDATES, "dwconv_rope_qkv_backward": CONV_BACKWARD_CANDIDATES},
+        tune_inputs=_tune_inputs,
     )
 )
 

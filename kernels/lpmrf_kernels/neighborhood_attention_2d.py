@@ -31,7 +31,7 @@ from torch import Tensor
 
 from . import reference
 from ._triton import jit, tl
-from .launch import launch_config
+from .launch import choices, launch_config
 from .layout import laid_out_like
 from .registry import OPS, CompileCase, Kernel, Op, choose, register, run
 from .tiles import DTYPES, load_tile, tile_size, upcast
@@ -410,8 +410,12 @@ def _grid(q: Tensor, config: dict[str, int]) -> tuple[int]:
 
 
 def _config(kernel: str, q: Tensor, kernel_size: int) -> dict[str, int]:
+    """A table is made with half precision and heads of 64: what is larger may not fit the memory of its choices."""
     B, H, W, heads, D = q.shape
-    return launch_config(kernel, q.device, _default(kernel, q), queries=B * H * W * heads, depth=D, window=kernel_size)
+    default = _default(kernel, q)
+    if q.dtype == torch.float32 or D > 64:
+        return default
+    return launch_config(kernel, q.device, default, queries=B * H * W * heads, depth=D, window=kernel_size)
 
 
 def _default(kernel: str, q: Tensor) -> dict[str, int]:
@@ -519,6 +523,16 @@ def _compile_cases() -> list[CompileCase]:
     return cases
 
 
+def _tune_inputs(device):
+    """The levels of LooUFormer and HDiT; the gradients at a training's batch."""
+    for batch, side, heads, gradients in ((1, 64, 4, False), (1, 32, 8, False), (1, 128, 4, False), (8, 64, 4, True)):
+        shape, like = (batch, side, side, heads, 64), {"device": device, "dtype": torch.bfloat16}
+        yield *(torch.randn(shape, **like, requires_grad=gradients) for _ in range(3)), 7, 0.125
+
+
+_BACKWARD = choices(TILE_H=(8,), TILE_W=(8,), BLOCK_N=(32, 64), STAGES=(2,), num_warps=(4, 8))
+
+
 # ---- registration
 
 register(
@@ -535,6 +549,14 @@ register(
             "torch": Kernel(_torch_neighborhood_attention_2d_backward),
         },
         compile_cases=_compile_cases,
+        candidates={
+            "neighborhood_attention_2d": choices(
+                TILE_H=(8,), TILE_W=(8, 16), BLOCK_N=(32, 64), STAGES=(2, 3), num_warps=(4, 8)
+            ),
+            "neighborhood_attention_2d_dq": _BACKWARD,
+            "neighborhood_attention_2d_dkdv": _BACKWARD,
+        },
+        tune_inputs=_tune_inputs,
     )
 )
 

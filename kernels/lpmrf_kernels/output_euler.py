@@ -120,9 +120,11 @@ def _output_euler_fwd_kernel(
 # ---- launchers
 
 
-def _default(dtype: torch.dtype) -> dict[str, int]:
+def _default(dtype: torch.dtype, outputs: int) -> dict[str, int]:
     """Small tiles: a single latent of 64x64 should fill a GPU, and float32 products are made in registers."""
-    return {"BLOCK": 32, "BLOCK_C": 32 if dtype == torch.float32 else 64, "num_warps": 4}
+    if dtype == torch.float32:
+        return {"BLOCK": 32, "BLOCK_C": 32, "num_warps": 4 if outputs <= 32 else 8}
+    return {"BLOCK": 32, "BLOCK_C": 64, "num_warps": 4}
 
 
 def _block_o(outputs: int) -> int:
@@ -135,7 +137,7 @@ def _launch_output_euler(x, norm_weight, eps, weight, bias, z, dt, patch):
     outputs, pixels = weight.shape[0], height * width
     if out.numel():
         sizes = {"pixels": photos * pixels, "channels": channels, "bits": 8 * x.element_size()}
-        config = launch_config("output_euler", x.device, _default(x.dtype), **sizes)
+        config = launch_config("output_euler", x.device, _default(x.dtype, outputs), **sizes)
         with torch.cuda.device_of(x):
             _output_euler_fwd_kernel[(photos * triton.cdiv(pixels, config["BLOCK"]),)](
                 x, norm_weight.contiguous(), weight.contiguous(), bias if bias is None else bias.contiguous(), z, out,
@@ -178,13 +180,13 @@ def _compile_cases() -> list[CompileCase]:
     sizes = ("pixels", "width", "channels", "outputs", *(f"stride_{t}{d}" for t in "xzo" for d in "bchw"))
     cases = []
     for torch_dtype, dtype in FLOATS.items():
-        default = _default(torch_dtype)
-        warps = default.pop("num_warps")
         for label, axis, patch, outputs in (
             ("channels-last", "c", 1, 16),
             ("planes", "w", 1, 16),
             ("patches", "c", 4, 48),
         ):
+            default = _default(torch_dtype, outputs)
+            warps = default.pop("num_warps")
             ones = [f"stride_{t}{axis}" for t in "xzo"] + ["patch_height", "patch_width"] * (patch == 1)
             numbers = [name for name in (*sizes, "patch_height", "patch_width") if name not in ones]
             signature = {

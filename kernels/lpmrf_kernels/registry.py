@@ -77,6 +77,8 @@ class Op:
     """Name given to `launch_config` → the choices that `tune` times in its place, each with the heuristic's keys."""
     tune_inputs: Callable[[torch.device], Iterable[tuple]] = lambda device: ()
     """Arguments of `torch.ops.lpmrf.<name>` at the pipeline's shapes; one that requires grad times the backward too."""
+    race: Callable[[torch.device, Callable], dict[str, list[dict[str, int]]]] = lambda device, measure: {}
+    """(device, measure(function) → seconds) → further rows of the GPU's table, by name, for `tune` to write."""
     served: "Callable[[str, str], Served] | None" = None
     """(direction, device) → its line of `backends()`, for an op that chooses for itself."""
 

@@ -71,6 +71,9 @@ def tune(ops=None, device: str = "cuda", log: Callable[[str], None] = _log.info)
         for tuned in tune_op(op, device):
             rows.setdefault(tuned.name, []).append({**tuned.sizes, **tuned.choice})
             log(str(tuned))
+        for name, raced in op.race(device, median_in_a_graph).items():
+            rows[name] = raced
+            log("\n".join(f"{name}: {row}" for row in raced))
         write(path, rows, f"sm_{major}{minor}")
     return path
 
@@ -100,7 +103,7 @@ def tune_op(op: Op, device: torch.device, measure: Callable[[Callable], float] |
 
     measure(function) → seconds a call; by default the median inside a CUDA graph.
     """
-    measure = measure or (lambda function: statistics.median(seconds_in_a_graph(function)))
+    measure = measure or median_in_a_graph
     won: dict[tuple, Tuned] = {}
     for arguments in op.tune_inputs(device):
         call = _caller(op.name, arguments)
@@ -171,6 +174,10 @@ def _close(y: Tensor, expected: Tensor) -> bool:
     y, expected = (t.double().nan_to_num(nan=1e30) for t in (y, expected))
     scale = expected.abs().max() if expected.numel() else 0
     return bool(((y - expected).abs() <= 1e-2 * scale + 1e-6).all())
+
+
+def median_in_a_graph(function: Callable) -> float:
+    return statistics.median(seconds_in_a_graph(function))
 
 
 def seconds_in_a_graph(function: Callable, calls: int = 10, replays: int = 15) -> list[float]:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from . import reference
 from ._triton import jit, tl
-from .launch import launch_config
+from .launch import choices, launch_config
 from .registry import OPS, CompileCase, Kernel, Op, choose, register, run
 from .tiles import DTYPES, load_tile, tile_size, upcast
 
@@ -216,7 +216,7 @@ def _launch_window_attention_backward(
     dx, dbias = _gradients(x, bias, parts)
     dbias.zero_()
     if x.numel():
-        config = launch_config("window_attention_backward", x.device, {"num_warps": 8}, programs=parts * heads)
+        config = launch_config("window_attention_backward", x.device, _backward_warps(x), programs=parts * heads)
         with torch.cuda.device_of(x):
             _window_attention_bwd_kernel[(parts * heads,)](
                 g, x, bias.float().contiguous(), dx, dbias, B, H, W, shift, steps,
@@ -325,6 +325,13 @@ def _compile_cases() -> list[CompileCase]:
     return cases
 
 
+def _tune_inputs(device):
+    """SwinIR of PMRF at 512x512; the gradients at a training's batch."""
+    for batch, shift, gradients in ((1, 0, False), (8, 4, False), (32, 4, False), (8, 4, True)):
+        x = torch.randn(batch, 64, 64, 3 * 180, device=device, dtype=torch.bfloat16, requires_grad=gradients)
+        yield x, torch.randn(6, 64, 64, device=device), 8, shift, 30**-0.5
+
+
 # ---- registration
 
 register(
@@ -341,6 +348,11 @@ register(
             "torch": Kernel(reference.window_attention_backward),
         },
         compile_cases=_compile_cases,
+        candidates={
+            "window_attention": choices(num_warps=(2, 4, 8)),
+            "window_attention_backward": choices(num_warps=(4, 8)),
+        },
+        tune_inputs=_tune_inputs,
     )
 )
 

@@ -25,7 +25,7 @@ def test_rows_of_a_small_run(preset, tmp_path):
     assert (
         ours["levels"] <= 2 and ours["speed_of_naive"] > 0 and ours["cold_start_seconds"] > ours["first_call_seconds"]
     )
-    assert ours["seconds"] <= ours["seconds_p90"] <= ours["seconds_p99"] and ours["times"] >= 3
+    assert ours["seconds"] <= ours["seconds_p90"] <= ours["seconds_p99"] and ours["times"] >= 2
     stages = {(row["stage"], row["of"]): row for row in rows if "stage" in row}
     names = ("posterior mean", "encode", "steps", "decode")
     assert set(stages) == {(stage, provider) for stage in names for provider in whole}

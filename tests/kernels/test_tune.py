@@ -63,7 +63,18 @@ def test_a_backward_is_timed_where_an_input_requires_grad(toy, monkeypatch):
 
 def test_candidates_fit_the_kernels(interpreted):
     """Every candidate of every op has the heuristic's keys, launches, and gives the heuristic's values."""
+
+    def heads(*shape):
+        return [torch.randn(shape).half().requires_grad_() for _ in range(3)]
+
+    x, weight = torch.randn(1, 48, 3, 5, requires_grad=True), torch.randn(48, 1, 3, 3)
     small = {
+        "geglu": (x, False),
+        "dwconv_geglu": (x, weight, None, True),
+        "dwconv_rope_qkv": (x, 2, weight, None, None, None, None, 1e-6),
+        "attention": (*heads(1, 1, 20, 8), 0.3),
+        "neighborhood_attention_2d": (*heads(1, 5, 4, 1, 8), 3, 0.3),
+        "window_attention": (torch.randn(1, 4, 4, 24, requires_grad=True), torch.randn(1, 4, 4), 2, 1, 0.3),
         "output_euler": (
             torch.randn(1, 5, 3, 4),
             torch.ones(5),
@@ -72,20 +83,36 @@ def test_candidates_fit_the_kernels(interpreted):
             None,
             torch.zeros(1, 3, 3, 4),
             0.1,
+            (1, 1),
         ),
         "euler_step": (torch.randn(2, 3, 5, 7), torch.randn(2, 3, 5, 7), 0.5),
         "add_source_noise": (torch.zeros(2, 3, 5, 7), 0.1, torch.tensor([1, 2])),
         "to_uint8": (torch.rand(2, 3, 5, 7), 0.0, 1.0, "channels_last"),
         "from_uint8": (torch.ones(2, 3, 5, 7, dtype=torch.uint8), 0.0, 1.0, torch.float32, "channels_last"),
     }
+    x = torch.randn(2, 5, 6, 8).permute(0, 3, 1, 2).requires_grad_()  # channels-last, as tables are measured
+    vector, rows = torch.randn(8), torch.randn(2, 8)
+    small |= {
+        "group_norm_silu": (x, 4, vector, vector, 1e-6, "silu"),
+        "layer_norm_2d": (x, None, vector, vector, 1e-6),
+        "rms_norm_2d": (x, None, vector, None, 1e-6),
+        "ada_rms_norm_2d": (x, None, rows, None, 1e-6),
+        "bias_silu": (x, vector),
+        "bias_residual": (x, vector, x),
+    }
+    seen = set()
     for name, arguments in small.items():
         call = tune._caller(name, arguments)
         with interpreted:
-            ((launched, (default, _)),), expected = (lambda seen, y: (seen.items(), y))(*tune._launches(call))
-            for choice in OPS[name].candidates[launched][::3]:
-                assert choice.keys() == default.keys(), name
-                with tune._chosen(launched, choice):
-                    assert tune._gives(call, expected), (name, choice)
+            launches, expected = tune._launches(call)
+            for launched in OPS[name].candidates.keys() & launches.keys():
+                seen.add(launched)
+                default, _ = launches[launched]
+                for choice in OPS[name].candidates[launched][::5]:
+                    assert choice.keys() == default.keys(), name
+                    with tune._chosen(launched, choice):
+                        assert tune._gives(call, expected), (name, choice)
+    assert seen == {launched for name in small for launched in OPS[name].candidates}
 
 
 def test_shapes_to_tune_at_are_arguments_of_the_op():
@@ -130,3 +157,9 @@ def test_tunes_on_a_gpu(monkeypatch, tmp_path):
             tune.tune(["nothing"])
     finally:
         launch.forget_tables()
+
+
+def test_attention_races_its_providers():
+    rows = OPS["attention"].race(torch.device("meta"), lambda call: 2e-6)["attention_providers"]
+    assert {"depth": 64, "queries": 1024, "keys": 1024, "sdpa": 2000} in rows
+    assert all(type(n) is int and n > 0 for row in rows for n in row.values())
