@@ -148,7 +148,10 @@ class Study:
     def vae(self, kind: str, seed: int, points: int = 8) -> list[dict]:
         """Rows of a VAE, "sim" or "sd"; its network is then in `folder / "model"`."""
         model = self.sim_vae() if kind == "sim" else self.sd_vae()
-        options = {"model": model, "crop": self.args.size // 2, "lr": 1e-3}
+        crop = self.args.size // 2
+        steps = 1e12 * self.args.vae_tflop / training_flops("vae", model, crop) / self.args.batch
+        # The average is over a tenth of the run at most: a longer one would still hold its beginning.
+        options = {"model": model, "crop": crop, "lr": 1e-3, "ema_decay": max(0.5, min(0.99, 1 - 10 / steps))}
         return self.run("vae", f"{kind}-vae", seed, self.args.vae_tflop, points, schedule="trapezoid", **options)
 
     def flow(self, name: str, seed: int, model: dict, budget: float = 1.0, points: int = 6, **options) -> list[dict]:
