@@ -426,7 +426,7 @@ def _candidates(most: int) -> list[dict[str, int]]:
     """Half a pixel a warp to `most` of them: of 512 channels 16 · most elements a thread, which registers hold."""
     return [
         {"BLOCK_P": int(warps * share), "num_warps": warps}
-        for warps in (2, 4, 8, 16)
+        for warps in (2, 4, 8)  # 16 leave a thread 128 registers: too few
         for share in (0.5, 1, 2, 4)
         if share <= most
     ]
