@@ -5,24 +5,28 @@
 
 The plain providers run the same weights on PyTorch's own operations, without our ops: `naive` in float32 and
 contiguous, `eager` in bfloat16 and channels-last, `eager + graph` that in a CUDA graph, `compile` through torch.compile
-(mode max-autotune). Ours: `engine` as a user gets it, `engine fp32`, `engine deterministic`, `engine step` (one
-captured step) and `engine eager` (our ops, no graph). Pictures are compared with naive's before the clock starts. On a
-CPU the providers take turns in one process, so that only ratios within a run mean something. Stages are timed by
-themselves, and the queue (`submit`) last. Full size: published widths and random weights, for the clock alone.
+(mode max-autotune). Ours: `engine` as a user gets it, in bfloat16, `engine fp32`, `engine deterministic`, `engine step`
+(one captured step) and `engine eager` (our ops, no graph). Pictures are compared with naive's before the clock starts.
+On a CPU every provider is a process of its own, so that none has what another one sets, and they take turns: only
+ratios within a run mean something. A GPU has one provider at a time. `stage` rows time parts by themselves, `queue` is
+the feeding side (`submit`), `cold start` a new process up to its first restored batch. Full size: published widths and
+random weights, for the clock alone.
 """
 
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin disturb each other
-os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
 
 import argparse
 import copy
 import json
 import math
+import multiprocessing
+import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -41,6 +45,7 @@ from lpmrf_kernels import reference
 from . import machine
 
 FULL = ("swinir-l", "sim-vae-c32", "loouformer")
+PARTS = ("cold start", "providers", "stages", "queue")
 EXAMPLE = Path(lpmrf_fast.__file__).parent / "weights/demo/example.jpg"
 
 
@@ -48,28 +53,41 @@ EXAMPLE = Path(lpmrf_fast.__file__).parent / "weights/demo/example.jpg"
 
 
 def load(preset: str, dtype: torch.dtype, device: str) -> Pipeline:
-    """The bundled pipeline, or the published sizes with random weights, the same for the same seed."""
-    if preset == "bundled":
-        pipe = Pipeline.from_pretrained(dtype="fp32", device=device)
-    else:
+    """A checkpoint ("bundled", or a folder), or "full": the published sizes with random weights, the same each time."""
+    if preset == "full":
         torch.manual_seed(0)
         with torch.device(device):
             networks = [cls(**config) for cls, config in (models.PRESETS[name] for name in FULL)]
         pipe = LatentPMRFPipeline(*networks)
+    else:
+        pipe = Pipeline.from_pretrained(None if preset == "bundled" else preset, dtype="fp32", device=device)
     return pipe.to(dtype=dtype)
 
 
 @contextmanager
 def plain():
-    """Models built of PyTorch's own operations: our ops are their references, which torch.compile sees through."""
-    ours = {name: getattr(ops, name) for name in ops.__all__ if hasattr(reference, name)}
-    try:
-        for name in ours:
-            setattr(ops, name, getattr(reference, name))
+    """Models of PyTorch's own layers and operations: our ops are their references, which torch.compile sees through."""
+    with ExitStack() as stack:
+        for name in ops.__all__:
+            if hasattr(reference, name):
+                stack.enter_context(patch.object(ops, name, getattr(reference, name)))
+        stack.enter_context(patch.object(flow, "euler_step", reference.euler_step))
+        stack.enter_context(patch.object(models.layers, "linear", plain_linear))
+        for module in vars(models).values():
+            if hasattr(module, "pointwise"):
+                stack.enter_context(patch.object(module, "pointwise", plain_pointwise))
         yield
-    finally:
-        for name, op in ours.items():
-            setattr(ops, name, op)
+
+
+def plain_linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, gelu: bool = False) -> Tensor:
+    y = F.linear(x, weight, bias)
+    return F.gelu(y) if gelu else y
+
+
+def plain_pointwise(layer: torch.nn.Module, x: Tensor) -> Tensor:
+    if isinstance(layer, torch.nn.Conv2d):
+        return layer(x)
+    return F.linear(x.permute(0, 2, 3, 1), layer.weight, layer.bias).permute(0, 3, 1, 2)
 
 
 def plainly(pipe: Pipeline, memory_format) -> Pipeline:
@@ -96,8 +114,10 @@ def plainly(pipe: Pipeline, memory_format) -> Pipeline:
 class Plain:
     """What a user writes: the stages, one after the other."""
 
+    context = staticmethod(plain)
+
     def __init__(self, pipe: Pipeline, compiled: bool = False):
-        self.pipe = pipe
+        self.stages = pipe
         for network in pipe.modules.values() if compiled else ():
             for module in network.children() if hasattr(network, "encode") else (network,):
                 module.compile(mode="max-autotune", dynamic=False)
@@ -105,7 +125,7 @@ class Plain:
     @torch.no_grad()
     def __call__(self, pixels: Tensor, seeds: list[int], steps: int) -> Tensor:
         with plain():
-            x, _ = self.pipe.restore(pixels.float() / 255, steps, seeds)
+            x, _ = self.stages.restore(pixels.float() / 255, steps, seeds)
         return (x * 255).round().to(torch.uint8)
 
 
@@ -113,11 +133,47 @@ class Ours:
     def __init__(self, pipe: Pipeline, context=nullcontext, **options):
         with context():
             self.engine = Engine(pipe, **options)
-        self.context = context
+        self.context, self.stages = context, self.engine.stages
 
     def __call__(self, pixels: Tensor, seeds: list[int], steps: int) -> Tensor:
         with self.context():
             return self.engine.restore(pixels, steps, seeds).images
+
+
+def stage_functions(provider: Plain | Ours, pixels: Tensor, seeds: list[int], steps: int) -> dict:
+    """Stage → a function that runs it by itself, "steps" all of them."""
+    s, device = provider.stages, pixels.device
+    lanes = getattr(getattr(provider, "engine", None), "_lanes", None)
+    if lanes and len(pixels) > 1:  # photo by photo, side by side, as the engine does it
+        photo = [stage_functions(provider, pixels[i : i + 1], seeds[i : i + 1], steps) for i in range(len(pixels))]
+        return {name: lambda name=name: lanes.run([p[name] for p in photo]) for name in photo[0]}
+
+    def inside(function):
+        def run():
+            with torch.inference_mode(), provider.context():
+                return function()
+
+        return run
+
+    y = pixels.float() / 255
+    mean = inside(lambda: s.predict_mean(y))()
+    z = inside(lambda: s.add_noise(s.encode(mean), seeds))()
+    times = torch.tensor(flow.time_grid(steps, s.eps)[:-1], device=device)
+    tables = inside(lambda: s.tables(times, *z.shape[-2:]))()
+
+    def sample():
+        x = z
+        for k in range(steps):
+            x = s.euler_step(x, times[k], 1 / steps, tables, k)
+        return x
+
+    found = {
+        "posterior mean": lambda: s.predict_mean(y),
+        "encode": lambda: s.encode(mean),
+        "steps": sample,
+        "decode": lambda: s.decode(z),
+    }
+    return {name: inside(function) for name, function in found.items()}
 
 
 def providers(preset: str, device: str, batch: int, compiled: bool) -> dict:
@@ -186,27 +242,122 @@ def photos(device: str, size: int, batch: int) -> Tensor:
     return torch.stack([turned[i % 4] for i in range(batch)]).to(device)
 
 
-# ---- running
+# ---- a process of its own
 
 
-def whole(preset, device, size, batch, steps, compiled, chosen, seconds) -> list[dict]:
-    """Rows of one batch size and number of steps, end to end."""
-    pixels, seeds = photos(device, size, batch), list(range(batch))
+def serve(connection, name: str, preset: str, device: str, size: int, batch: int, steps: int, compiled: bool) -> None:
+    """The other end of `Apart`: answers (seconds, pixels or None) or a line of what failed."""
+    try:
+        pixels, seeds = photos(device, size, batch), list(range(batch))
+        provider = providers(preset, device, batch, compiled)[name]()
+        stages = None
+        while (what := connection.recv()) is not None:
+            if what != WHOLE and stages is None:
+                stages = stage_functions(provider, pixels, seeds, steps)
+            run = (lambda: provider(pixels, seeds, steps)) if what == WHOLE else stages[what]
+            seconds, result = clock(run, device)
+            connection.send((seconds, result.cpu().numpy() if what == WHOLE else None))
+    except Exception as failure:  # whatever it is, it is the row
+        connection.send(line(failure))
+
+
+WHOLE = "the whole restoration"
+
+
+class Apart:
+    """A provider in a process of its own. Calls raise RuntimeError with what failed there."""
+
+    def __init__(self, name: str, *arguments):
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe()
+        self.started = time.perf_counter()
+        self.process = context.Process(target=serve, args=(theirs, name, *arguments), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def __call__(self, what: str = WHOLE) -> tuple[float, np.ndarray | None]:
+        """Seconds there, and the pixels of the whole restoration."""
+        try:
+            self.connection.send(what)
+            answer = self.connection.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise RuntimeError(f"its process ended with {self.process.exitcode}") from None
+        if isinstance(answer, str):
+            raise RuntimeError(answer)
+        return answer
+
+    def close(self) -> None:
+        if self.process.is_alive():
+            self.connection.send(None)
+        self.process.join()
+
+
+def line(failure: Exception) -> str:
+    return " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+
+
+def in_turns(runs: dict, seconds: float, least: int = 2) -> dict[str, list[float]]:
+    """Seconds of each of runs, name → function that returns them, for about `seconds` each."""
+    times, end, names = {name: [] for name in runs}, time.perf_counter() + seconds * len(runs), list(runs)
+    while names and (time.perf_counter() < end or len(times[names[0]]) < least):
+        for name in names:
+            times[name].append(runs[name]())
+        names.reverse()  # nobody always follows the same one
+    return times
+
+
+# ---- rows
+
+
+def on_cpu(preset, device, size, batch, steps, compiled, chosen, seconds, staged=True) -> list[dict]:
+    """Rows of one batch size, end to end and, where `staged`, stage by stage."""
+    arguments = (preset, device, size, batch, steps, compiled)
     rows, ready, naive = {}, {}, None
-    for name, make in providers(preset, device, batch, compiled).items():
-        if chosen and name not in (*chosen, "naive"):
-            continue
-        row = rows[name] = {"provider": name}
+    try:
+        for name in wanted(providers(preset, device, batch, compiled), chosen):
+            row = rows[name] = {"provider": name}
+            process = Apart(name, *arguments)
+            try:
+                row["first_call_seconds"], result = process()
+                row["cold_start_seconds"] = time.perf_counter() - process.started
+                naive = result if name == "naive" else naive
+                if naive is not None:
+                    row |= difference(torch.from_numpy(result), torch.from_numpy(naive))
+                ready[name] = process
+            except RuntimeError as failure:
+                row["failed"] = str(failure)
+                process.close()
+        for name, times in in_turns({n: lambda p=p: p()[0] for n, p in ready.items()}, seconds).items():
+            rows[name] |= summary(times, batch)
+        stages = []
+        for stage in ("posterior mean", "encode", "steps", "decode") if staged else ():
+            for process in ready.values():
+                process(stage)
+            times = in_turns({n: lambda p=p, stage=stage: p(stage)[0] for n, p in ready.items()}, seconds / 8)
+            stages += [{"stage": stage, "of": n} | summary(t, batch) for n, t in times.items()]
+    finally:
+        for process in ready.values():
+            process.close()
+    return compared([*rows.values(), *stages], batch, steps, size)
+
+
+def on_gpu(preset, device, size, batch, steps, compiled, chosen, seconds) -> list[dict]:
+    """Rows of one batch size and number of steps, end to end; one provider at a time: they need the memory."""
+    pixels, seeds = photos(device, size, batch), list(range(batch))
+    rows, naive = [], None
+    found = providers(preset, device, batch, compiled)
+    for name in wanted(found, chosen):
+        row = {"provider": name}
+        rows.append(row)
+        provider = result = None
         try:
             started = time.perf_counter()
-            provider = make()
+            provider = found[name]()
             row["load_seconds"] = round(time.perf_counter() - started, 3)
-
-            def call(provider=provider):
-                return provider(pixels, seeds, steps)
-
-            row["first_call_seconds"], result = clock(call, device)
-            row["second_call_seconds"], result = clock(call, device)  # in which the engine captures
+            row["first_call_seconds"], result = clock(lambda p=provider: p(pixels, seeds, steps), device)
+            if isinstance(provider, Ours):  # which captures in its second call
+                row["second_call_seconds"], result = clock(lambda p=provider: p(pixels, seeds, steps), device)
             naive = result if name == "naive" else naive
             if naive is not None:
                 row |= difference(result, naive)
@@ -214,68 +365,54 @@ def whole(preset, device, size, batch, steps, compiled, chosen, seconds) -> list
                 captured = provider.engine.captures[-1]
                 row |= {"capture_seconds": captured.seconds, "graph_nodes": captured.nodes}
                 row["graph_bytes"] = captured.pool_bytes + captured.bytes
-            if device.startswith("cuda"):  # one at a time: they need the memory
-                torch.cuda.reset_peak_memory_stats()
-                times = until(lambda: clock(call, device)[0], seconds)
-                row |= summary(times, batch) | {"peak_bytes": torch.cuda.max_memory_allocated()}
-                if isinstance(provider, Ours):
-                    provider.engine.close()
-                del provider, call, result
-                torch.cuda.empty_cache()
-            else:
-                ready[name] = call
+            torch.cuda.reset_peak_memory_stats()
+            times = until(lambda p=provider: clock(lambda: p(pixels, seeds, steps), device)[0], seconds)
+            row |= summary(times, batch) | {"peak_bytes": torch.cuda.max_memory_allocated()}
         except Exception as failure:  # whatever a provider raises is the row
-            row["failed"] = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
-    times = {name: [] for name in ready}
-    end, names = time.perf_counter() + seconds * len(ready), list(ready)
-    while ready and (time.perf_counter() < end or len(times[names[0]]) < 3):
-        for name in names:
-            times[name].append(clock(ready[name], device)[0])
-        names.reverse()  # nobody always follows the same one
-    for name in ready:
-        rows[name] |= summary(times[name], batch)
-    base = rows["naive"].get("seconds")
-    for row in rows.values():
+            row["failed"] = line(failure)
+        if isinstance(provider, Ours):
+            provider.engine.close()
+        del provider, result
+        torch.cuda.empty_cache()
+    return compared(rows, batch, steps, size)
+
+
+def wanted(names, chosen) -> list[str]:
+    return [name for name in names if not chosen or name in (*chosen, "naive")]
+
+
+def compared(rows: list[dict], batch: int, steps: int, size: int) -> list[dict]:
+    """The rows with the ratio of naive's seconds for the same to theirs."""
+    base = {row.get("stage"): row.get("seconds") for row in rows if "naive" in (row.get("provider"), row.get("of"))}
+    for row in rows:
         row |= {"batch": batch, "steps": steps, "size": size}
-        if base and "seconds" in row:
-            row["speed_of_naive"] = round(base / row["seconds"], 2)
-    return list(rows.values())
+        if base.get(row.get("stage")) and "seconds" in row:
+            row["speed_of_naive"] = round(base[row.get("stage")] / row["seconds"], 2)
+    return rows
 
 
-def until(measure, seconds: float, least: int = 5) -> list[float]:
+def until(measure, seconds: float, least: int = 3) -> list[float]:
     times, end = [], time.perf_counter() + seconds
     while time.perf_counter() < end or len(times) < least:
         times.append(measure())
     return times
 
 
-def stages(preset, device, size, batch, seconds) -> list[dict]:
-    """Seconds of each stage by itself, in bfloat16 as the engine runs it; in a graph on a GPU."""
-    pipe = load(preset, torch.bfloat16, device)
-    with torch.no_grad(), Engine(pipe, batch_size=batch) as engine:
-        s = engine.stages
-        y = photos(device, size, batch).float() / 255
-        mean = s.predict_mean(y)
-        z = s.add_noise(s.encode(mean), list(range(batch)))
-        t = torch.full((batch,), 0.5, device=device)
-        parts = {
-            "posterior mean": lambda: s.predict_mean(y),
-            "encode": lambda: s.encode(mean),
-            "one step": lambda: ops.euler_step(z, s.velocity_at(z, t), 0.04),
-            "decode": lambda: s.decode(z),
-        }
+def graphed_stages(preset, device, size, batch, steps, seconds) -> list[dict]:
+    """Seconds of each stage in a CUDA graph of its own, in bfloat16 as the engine runs it."""
+    with Engine(load(preset, torch.bfloat16, device), batch_size=batch) as engine:
+        provider = Ours.__new__(Ours)
+        provider.engine, provider.context, provider.stages = engine, nullcontext, engine.stages
         rows = []
-        for name, run in parts.items():
-            row = {"stage": name, "batch": batch, "size": size}
+        for name, run in stage_functions(provider, photos(device, size, batch), list(range(batch)), steps).items():
+            row = {"stage": name, "of": "engine", "batch": batch, "steps": steps, "size": size}
             try:
-                if engine._graphs:
-                    capturer = CudaDevice(engine.device)
-                    plan = engine.plan(size, size, batch)
-                    (run,), row["graph_nodes"], *_ = capturer.capture([run], capturer.new_pool(), plan)
-                run()
-                row |= summary(until(lambda run=run: clock(run, device)[0], seconds), batch)
+                capturer, plan = CudaDevice(engine.device), engine.plan(size, size, batch, steps)
+                (replay,), row["graph_nodes"], *_ = capturer.capture([run], capturer.new_pool(), plan)
+                replay()
+                row |= summary(until(lambda replay=replay: clock(replay, device)[0], seconds), batch)
             except Exception as failure:
-                row["failed"] = " ".join(f"{type(failure).__name__}: {failure}".split())[:300]
+                row["failed"] = line(failure)
             rows.append(row)
     return rows
 
@@ -301,12 +438,32 @@ def queue(preset, device, size, batch, steps, batches) -> dict:
     }
 
 
+def cold_start(preset, device, size, steps) -> dict:
+    """Seconds from a new process to its first restored photo, the imports and the checkpoint included."""
+    process = Apart("engine", preset, device, size, 1, steps, False)
+    try:
+        process()
+        seconds = time.perf_counter() - process.started
+    finally:
+        process.close()
+    return {"queue": "cold start", "batch": 1, "steps": steps, "size": size, "cold_start_seconds": seconds}
+
+
+def attempted(name: str, function, *arguments) -> list[dict]:
+    """The rows that a part of the report makes, or one that says why there are none."""
+    try:
+        rows = function(*arguments)
+    except Exception as failure:
+        rows = {"queue": name, "batch": 0, "failed": line(failure)}
+    return rows if isinstance(rows, list) else [rows]
+
+
 def table(rows: list[dict]) -> str:
     titles = ("ms/image", 11), ("p99", 10), ("images/s", 10), ("x naive", 9), ("dB", 7), ("levels", 7)
-    lines = [f"{'what':26}{'batch':>6}{'K':>4}" + "".join(title.rjust(width) for title, width in titles)]
+    lines = [f"{'what':36}{'batch':>6}{'K':>4}" + "".join(title.rjust(width) for title, width in titles)]
     for row in rows:
-        name = row.get("provider") or row.get("stage") or row.get("queue")
-        text = f"{name:26}{row['batch']:6}{row.get('steps', ''):>4}"
+        name = row.get("provider") or row.get("queue") or f"  {row['stage']}, {row['of']}"
+        text = f"{name:36}{row['batch']:6}{row.get('steps', ''):>4}"
         if "seconds" in row:
             text += f"{row['seconds'] / row['batch'] * 1e3:11.2f}{row['seconds_p99'] / row['batch'] * 1e3:10.2f}"
         else:
@@ -316,17 +473,22 @@ def table(rows: list[dict]) -> str:
             text += f"{row.get('psnr_of_naive', ''):>7}{row.get('levels', ''):>7}"
         if "idle_share" in row:
             text += f"  idle {row['idle_share']:.0%}"
+        if "cold_start_seconds" in row:
+            text += f"  cold start {row['cold_start_seconds']:.1f} s"
         lines.append(text + (f"  {row['failed'][:80]}" if "failed" in row else ""))
     return "\n".join(lines)
 
 
-def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print) -> dict:
+def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS) -> dict:
     """The report: machine and rows, written to `out` as they come."""
-    started, rows = time.time(), []
+    started, rows, cuda = time.time(), [], device.startswith("cuda")
     report = {"machine": machine.describe(device), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
     report |= {"preset": preset, "rows": rows}
 
-    def add(new):
+    def add(part, function, *arguments):
+        if part not in parts:
+            return
+        new = attempted(part, function, preset, device, size, *arguments)
         log(table(new).partition("\n")[2] if rows else table(new))
         rows.extend(new)
         report["seconds"] = round(time.time() - started, 1)
@@ -336,20 +498,27 @@ def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=Non
 
     for batch in batches:
         for k in steps:
-            add(whole(preset, device, size, batch, k, compiled, chosen, seconds))
-        add(stages(preset, device, size, batch, seconds / 4))
-        add([queue(preset, device, size, batch, max(steps), 8 if device.startswith("cuda") else 2)])
+            if cuda:
+                add("providers", on_gpu, batch, k, compiled, chosen, seconds)
+            else:
+                add("providers", on_cpu, batch, k, compiled, chosen, seconds, "stages" in parts)
+        if cuda:
+            add("stages", graphed_stages, batch, max(steps), seconds / 4)
+        add("queue", queue, batch, max(steps), 8 if cuda else 2)
+    if cuda:  # on a CPU every provider's row has it
+        add("cold start", cold_start, max(steps))
     return report
 
 
 def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu, cuda or cuda:N")
-    parser.add_argument("--preset", choices=("bundled", "full"), default="bundled", help="networks")
+    parser.add_argument("--preset", default="bundled", help="networks: bundled, full, or a checkpoint's folder")
     parser.add_argument("--size", type=int, default=512, help="side of the photos")
-    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 on a CPU, 1 8 32 on a GPU")
+    parser.add_argument("--batch", type=int, nargs="+", help="default: 1 4 on a CPU, 1 8 32 on a GPU")
     parser.add_argument("--steps", type=int, nargs="+", help="default: 25 on a CPU, 1 5 25 on a GPU")
     parser.add_argument("--only", nargs="+", metavar="PROVIDER", help="these beside naive")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="of the report (default: all)")
     parser.add_argument("--compile", action="store_true", help="also torch.compile, which takes minutes")
     parser.add_argument("--seconds", type=float, default=10.0, help="of each provider's clock (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
@@ -357,11 +526,12 @@ def main(argv=None) -> int:
     cuda = args.device.startswith("cuda")
     if cuda and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU; use --device cpu")
-    batches, steps = args.batch or ([1, 8, 32] if cuda else [1]), args.steps or ([1, 5, 25] if cuda else [25])
+    batches, steps = args.batch or ([1, 8, 32] if cuda else [1, 4]), args.steps or ([1, 5, 25] if cuda else [25])
     compiled = args.compile or "compile" in (args.only or ())
-    run(args.device, args.preset, args.size, batches, steps, compiled, args.only, args.seconds, args.out)
-    return 0
+    what = (args.device, args.preset, args.size, batches, steps, compiled, args.only, args.seconds)
+    report = run(*what, args.out, parts=args.parts)
+    return int(any("failed" in row for row in report["rows"]))
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    sys.exit(main())

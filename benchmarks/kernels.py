@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels --device cpu --out benchmarks/results/kernels-cpu.json
     python -m benchmarks.kernels --device cuda --ops layer_norm_2d attention --no-compile
+    python -m benchmarks.kernels --device cpu --dtype fp32 --ops bias_silu --add --out kernels-cpu.json
 
 Every provider's result is checked before the clock starts. Prints a table; the JSON has a row a provider, and the
 machine. `README.md` says how to read a row. On a CPU only ratios within a run mean something: providers take turns.
@@ -158,6 +159,7 @@ def run_case(case: Case, device: str, dtype: torch.dtype, batch: int, compiled: 
         "shape": next(list(a.shape) for a in arguments if isinstance(a, Tensor)),
         "dtype": str(dtype).removeprefix("torch."),
         "batch": batch,
+        "threads": torch.get_num_threads(),
         "bytes": moved,
         "flops": computed,
         "copy_gb_per_s": round(bandwidth / 1e9, 2),
@@ -251,14 +253,21 @@ def main(argv=None) -> int:
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out: it takes its time on a CPU")
     parser.add_argument("--seconds", type=float, default=4.0, help="time of each case on a CPU (default: %(default)s)")
     parser.add_argument("--out", type=Path, help="write all numbers as JSON")
+    parser.add_argument("--add", action="store_true", help="keep the rows of other ops and dtypes that OUT has already")
     args = parser.parse_args(argv)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("PyTorch sees no GPU; use --device cpu")
 
+    earlier = []
+    if args.add and args.out and args.out.exists():
+        earlier = json.loads(args.out.read_text())["rows"]
+
     def save(report):
         if args.out:
+            here = {(row["op"], row.get("dtype")) for row in report["rows"]}
+            kept = [row for row in earlier if (row["op"], row.get("dtype")) not in here]
             args.out.parent.mkdir(parents=True, exist_ok=True)
-            args.out.write_text(json.dumps(report, indent=1) + "\n")
+            args.out.write_text(json.dumps({**report, "rows": kept + report["rows"]}, indent=1) + "\n")
 
     try:
         run(args.device, args.dtype, args.batch, args.ops, not args.no_compile, args.seconds, save)

@@ -26,6 +26,15 @@ def tensor(image: Image.Image) -> torch.Tensor:
     return raw.view(image.height, image.width, 3).permute(2, 0, 1).float().div(255)
 
 
+def pairs_of(degraded: Path, clean: Path) -> list[tuple[Path, Path]]:
+    """(degraded, original) files of one stem, sorted. Exits where there is none."""
+    originals = {p.stem: p for p in clean.iterdir()}
+    pairs = [(p, originals[p.stem]) for p in sorted(degraded.iterdir()) if p.stem in originals]
+    if not pairs:
+        sys.exit(f"no file of {degraded} has the name of one in {clean}")
+    return pairs
+
+
 def sheet(columns: dict[str, Image.Image], size: int = 512) -> Image.Image:
     """The named pictures side by side under their names."""
     picture = Image.new("RGB", (size * len(columns), size + 24), "white")
@@ -49,10 +58,7 @@ def main(argv=None) -> None:
     parser.add_argument("--pictures", type=Path, help="folder for one sheet a face")
     args = parser.parse_args(argv)
 
-    originals = {p.stem: p for p in args.clean.iterdir()}
-    pairs = [(p, originals[p.stem]) for p in sorted(args.degraded.iterdir()) if p.stem in originals][: args.limit]
-    if not pairs:
-        sys.exit(f"no file of {args.degraded} has the name of one in {args.clean}")
+    pairs = pairs_of(args.degraded, args.clean)[: args.limit]
     pipe = Pipeline.from_pretrained(args.model, dtype=args.dtype)
     stacks, seconds = {"degraded": [], "posterior mean": [], "restored": [], "original": []}, []
     for done, (bad, good) in enumerate(pairs, 1):

@@ -7,8 +7,10 @@
 #include "common.h"
 
 #include <algorithm>
+#include <type_traits>
 
 #define LPMRF_INLINE inline __attribute__((always_inline))
+#define LPMRF_LAMBDA __attribute__((always_inline))
 
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC diagnostic ignored "-Wpsabi"  // vectors are passed between inlined functions only
@@ -29,11 +31,13 @@ using HalfWordLanes = uint16_t __attribute__((vector_size(2 * kLanes)));
 template <class V>
 struct Traits {
   using Int = IntLanes;
+  using Word = WordLanes;
   static constexpr int64_t size = kLanes;
 };
 template <>
 struct Traits<float> {
   using Int = int32_t;
+  using Word = uint32_t;
   static constexpr int64_t size = 1;
 };
 
@@ -95,6 +99,25 @@ LPMRF_INLINE float sum(Lanes v) {
   return total;
 }
 
+// Neighbours added: eight sums of a's lanes, then eight of b's.
+LPMRF_INLINE Lanes add_neighbours(Lanes a, Lanes b) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+         __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#else
+  constexpr IntLanes even = {0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30};
+  return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, even + 1);
+#endif
+}
+
+// Lane i is the sum of rows[i]. Sixteen sums at once cost little more than one.
+LPMRF_INLINE Lanes sums(const Lanes (&rows)[kLanes]) {
+  Lanes eighths[8], quarters[4];
+  for (int i = 0; i < 8; ++i) eighths[i] = add_neighbours(rows[2 * i], rows[2 * i + 1]);
+  for (int i = 0; i < 4; ++i) quarters[i] = add_neighbours(eighths[2 * i], eighths[2 * i + 1]);
+  return add_neighbours(add_neighbours(quarters[0], quarters[1]), add_neighbours(quarters[2], quarters[3]));
+}
+
 // ---- functions
 
 // e^x to 1e-7 of itself for x in [-87, 88], constant outside: never 0, never infinite.
@@ -114,9 +137,40 @@ LPMRF_INLINE V exp(V x) {
   return y * as<V>(power);
 }
 
+// The same in fewer instructions, for what multiplies by x afterwards: of NaN some number; where an instruction set has
+// no a * b + c, to |x| 6e-8 of itself.
+template <class V>
+LPMRF_INLINE V exp_of_number(V x) {
+  using Int = typename Traits<V>::Int;
+  using Word = typename Traits<V>::Word;
+  // Bits of floats are ordered as integers are, those of negative ones backwards: selections of integers are one
+  // instruction, those of floats are not.
+  const Int high = as<Int>(splat<V>(88.0f)), bits = as<Int>(x) < high ? as<Int>(x) : high;
+  const Word low = as<Word>(splat<V>(-87.0f)), inside = as<Word>(bits) < low ? as<Word>(bits) : low;
+  x = as<V>(inside);
+  const V shifted = x * 1.44269504f + 12582912.0f;
+  const V r = x * 1.44269504f - (shifted - 12582912.0f), r2 = r * r;  // e^x = 2^n 2^r
+  const V odd = 0.001326472731307149f * r2 + (0.05550733581185341f + 0.009671512991189957f * r);
+  const V y = (odd * (r2 * r) + (0.24022242426872253f * r2 + 0.6931470036506653f * r)) + 1.0f;
+  return as<V>(as<Int>(y) + (as<Int>(shifted) << 23));
+}
+
+// Of NaN some number: what multiplies by x is NaN all the same.
 template <class V>
 LPMRF_INLINE V sigmoid(V x) {
-  return 1.0f / (1.0f + exp<V>(-x));
+  return 1.0f / (1.0f + exp_of_number<V>(-x));
+}
+
+template <class V>
+LPMRF_INLINE V silu(V x) {
+  return x / (1.0f + exp_of_number<V>(-x));
+}
+
+// SiLU's derivative.
+template <class V>
+LPMRF_INLINE V silu_slope(V x) {
+  const V s = sigmoid<V>(x);
+  return s + x * s * (1.0f - s);
 }
 
 // The standard normal's distribution function less 1/2: x P(x^2) / Q(x^2), fitted here to 7e-9 on [-5.5, 5.5].
@@ -157,6 +211,103 @@ LPMRF_INLINE void normal(V x, V& cdf, V& density) {
   const V inside = normal_odd(x) + 0.5f;
   cdf = x > 1.0f ? outside : (x < -1.0f ? tail : inside);
   density = 0.398942280f * e;
+}
+
+// ---- pairs
+
+// 2 kLanes elements in the order that costs least: of bfloat16 those with even indices, then those with odd ones, for
+// which a word's halves need no instruction that moves them to another lane. Parameters and sums that meet them are
+// float32 in the same order (`place`), in rows of whole pairs (`padded`).
+struct Pair {
+  Lanes a, b;
+};
+
+constexpr int64_t kPair = 2 * kLanes;
+
+LPMRF_INLINE Pair operator+(Pair x, Pair y) { return {x.a + y.a, x.b + y.b}; }
+LPMRF_INLINE Pair operator-(Pair x, Pair y) { return {x.a - y.a, x.b - y.b}; }
+LPMRF_INLINE Pair operator*(Pair x, Pair y) { return {x.a * y.a, x.b * y.b}; }
+LPMRF_INLINE Pair operator-(Pair x, float y) { return {x.a - y, x.b - y}; }
+LPMRF_INLINE Pair operator*(Pair x, float y) { return {x.a * y, x.b * y}; }
+LPMRF_INLINE Pair silu(Pair x) { return {silu(x.a), silu(x.b)}; }
+LPMRF_INLINE Pair silu_slope(Pair x) { return {silu_slope(x.a), silu_slope(x.b)}; }
+
+[[maybe_unused]] inline int64_t padded(int64_t count) { return (count + kPair - 1) / kPair * kPair; }
+
+// Where element i is in a row of pairs of T.
+template <class T>
+int64_t place(int64_t i) {
+  return std::is_same_v<T, BFloat16> ? i / kPair * kPair + i % 2 * kLanes + i % kPair / 2 : i;
+}
+
+// `count` elements, at most kPair; zeros in the other places. One and two vectors are loads without detours.
+LPMRF_INLINE Pair load_pair(const float* p, int64_t count = kPair) {
+  if (count == kPair) return {load<Lanes>(p), load<Lanes>(p + kLanes)};
+  if (count == kLanes) return {load<Lanes>(p), Lanes{}};
+  float some[kPair] = {};
+  std::memcpy(some, p, count * sizeof(float));
+  return {load<Lanes>(some), load<Lanes>(some + kLanes)};
+}
+
+LPMRF_INLINE Pair load_pair(const BFloat16* p, int64_t count = kPair) {
+  WordLanes words = {};
+  if (count == kPair) {
+    std::memcpy(&words, p, sizeof words);
+  } else if (count == kLanes) {
+    using HalfOfWords = uint32_t __attribute__((vector_size(2 * kLanes)));
+    HalfOfWords half;
+    std::memcpy(&half, p, sizeof half);
+#if defined(__clang__) || __GNUC__ >= 12
+    words = __builtin_shufflevector(half, HalfOfWords{}, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+#else
+    std::memcpy(&words, &half, sizeof half);
+#endif
+  } else {
+    std::memcpy(&words, p, count * sizeof(BFloat16));
+  }
+  return {as<Lanes>(words << 16), as<Lanes>(words & 0xFFFF0000u)};
+}
+
+LPMRF_INLINE void store_pair(float* p, Pair v, int64_t count = kPair) {
+  if (count == kPair) {
+    store<Lanes>(p, v.a);
+    store<Lanes>(p + kLanes, v.b);
+  } else if (count == kLanes) {
+    store<Lanes>(p, v.a);
+  } else {
+    float some[kPair];
+    store<Lanes>(some, v.a);
+    store<Lanes>(some + kLanes, v.b);
+    std::memcpy(p, some, count * sizeof(float));
+  }
+}
+
+// The bits of the nearest bfloat16, ties to even, in the upper half; NaN stays NaN.
+LPMRF_INLINE WordLanes nearest(Lanes v) {
+  const WordLanes word = as<WordLanes>(v);
+  return v == v ? word + 0x7FFF + (word >> 16 & 1) : WordLanes{} + 0x7FC00000u;
+}
+
+LPMRF_INLINE void store_pair(BFloat16* p, Pair v, int64_t count = kPair) {
+  const WordLanes words = nearest(v.a) >> 16 | (nearest(v.b) & 0xFFFF0000u);
+  if (count == kPair) {
+    std::memcpy(p, &words, sizeof words);
+  } else if (count == kLanes) {
+    std::memcpy(p, &words, sizeof words / 2);
+  } else {
+    std::memcpy(p, &words, count * sizeof(BFloat16));
+  }
+}
+
+// x with zeros from element `count` on.
+template <class T>
+LPMRF_INLINE Pair keep(Pair x, int64_t count) {
+  if (count == kPair) return x;
+  constexpr IntLanes lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  constexpr bool even_odd = std::is_same_v<T, BFloat16>;
+  constexpr IntLanes first = even_odd ? 2 * lane : lane, second = even_odd ? 2 * lane + 1 : lane + 16;
+  const int32_t n = static_cast<int32_t>(count);
+  return {first < n ? x.a : Lanes{}, second < n ? x.b : Lanes{}};
 }
 
 }  // namespace

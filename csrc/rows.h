@@ -1,7 +1,7 @@
 // Runs of elements: to float32 and back, and where the pixels of an image are. Overloads, not templates: GCC clones none.
 #pragma once
 
-#include "common.h"
+#include "lanes.h"
 
 #include <optional>
 #include <type_traits>
@@ -24,15 +24,6 @@ inline void downcast(BFloat16* to, float x) {  // to nearest, ties to even, with
   }                                                                                                                  \
   [[maybe_unused]] LPMRF_VECTORISED void write_row(T* __restrict to, const float* __restrict from, int64_t count) {   \
     for (int64_t i = 0; i < count; ++i) downcast(to + i, from[i]);                                                   \
-  }                                                                                                                  \
-  /* x + y, rounded as T does; sum may be x */                                                                       \
-  [[maybe_unused]] LPMRF_VECTORISED void add_rows(float* sum, const float* x, const float* __restrict y, const T*,    \
-                                                  int64_t count) {                                                   \
-    for (int64_t i = 0; i < count; ++i) {                                                                            \
-      T rounded;                                                                                                     \
-      downcast(&rounded, x[i] + y[i]);                                                                               \
-      sum[i] = upcast(rounded);                                                                                      \
-    }                                                                                                                \
   }
 LPMRF_ROWS(float)
 LPMRF_ROWS(BFloat16)
@@ -110,22 +101,40 @@ void write_pixels(const Image<T>& y, const float* buffer, int64_t b, int64_t fir
   }
 }
 
-// The rows (1 or B, C) of a parameter, or the same value for every channel where there is none.
+// A parameter (C) or (B, C) of any float type and strides as rows of float32, plus a number; the same value for every
+// channel where there is none.
 struct Parameter {
-  std::vector<float> constant;
-  const float* data;
+  std::vector<float> data;
   int64_t stride = 0;
 
-  Parameter(const std::optional<Tensor>& p, int64_t channels, float otherwise) {
-    if (p) {
-      data = static_cast<const float*>(p->const_data_ptr());
-      if (p->dim() == 2 && p->size(0) > 1) stride = channels;
-    } else {
-      constant.assign(channels, otherwise);
-      data = constant.data();
+  Parameter(const std::optional<Tensor>& p, int64_t channels, float otherwise, float plus = 0) {
+    if (!p) {
+      data.assign(channels, otherwise);
+      return;
     }
+    const int64_t rows = p->dim() == 2 ? p->size(0) : 1, step_b = p->dim() == 2 ? p->stride(0) : 0;
+    const int64_t step = p->stride(p->dim() - 1);
+    data.resize(rows * channels);
+    stride = rows > 1 ? channels : 0;
+    dispatch(p->scalar_type(), [&](auto type) {
+      const auto from = static_cast<decltype(type)>(p->const_data_ptr());
+      for (int64_t b = 0; b < rows; ++b)
+        for (int64_t c = 0; c < channels; ++c) data[b * channels + c] = upcast(from[b * step_b + c * step]) + plus;
+    });
   }
-  const float* row(int64_t b) const { return data + b * stride; }
+  const float* row(int64_t b) const { return data.data() + b * stride; }
+
+  // All rows as rows of pairs: of bfloat16, or of float32.
+  std::vector<float> pairs(bool of_bfloat16) const {
+    const int64_t count = stride ? stride : static_cast<int64_t>(data.size()), rows = data.size() / count;
+    std::vector<float> result(rows * lanes::padded(count));
+    for (int64_t b = 0; b < rows; ++b)
+      for (int64_t c = 0; c < count; ++c) {
+        const int64_t at = of_bfloat16 ? lanes::place<BFloat16>(c) : c;
+        result[b * lanes::padded(count) + at] = data[b * count + c];
+      }
+    return result;
+  }
 };
 
 }  // namespace

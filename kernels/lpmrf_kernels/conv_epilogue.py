@@ -141,12 +141,20 @@ def _bias_silu_bwd_kernel(
 # ---- launchers
 
 
+def _tile(name: str, x: Tensor) -> dict[str, int]:
+    """A table's where channels are dense, as they were when it was measured."""
+    default = tile_default(x, x.shape[1])
+    if x.stride(1) != 1:
+        return default
+    return launch_config(name, x.device, default, pixels=x.shape[2] * x.shape[3], channels=x.shape[1])
+
+
 def _launch_conv_epilogue(op: str, x: Tensor, bias: Tensor, residual: Tensor | None) -> Tensor:
     out = torch.empty_like(x)
     if x.numel():
         B, C, H, W = x.shape
         r = x if residual is None else residual
-        config = launch_config(op, x.device, tile_default(x, C), pixels=H * W, channels=C)
+        config = _tile(op, x)
         grid = (B * triton.cdiv(H * W, config["BLOCK_P"]) * triton.cdiv(C, config["BLOCK_C"]),)
         with torch.cuda.device_of(x):
             _conv_epilogue_fwd_kernel[grid](
@@ -169,7 +177,7 @@ def _launch_bias_silu_backward(x: Tensor, g: Tensor, bias: Tensor) -> tuple[Tens
     B, C, H, W = x.shape
     if x.numel() == 0:
         return dx, torch.zeros(C, device=x.device)
-    config = launch_config("bias_silu_backward", x.device, tile_default(x, C), pixels=H * W, channels=C)
+    config = _tile("bias_silu_backward", x)
     parts = B * triton.cdiv(H * W, BLOCKS * config["BLOCK_P"])
     partial = torch.empty(parts, C, device=x.device)
     with torch.cuda.device_of(x):
@@ -258,7 +266,25 @@ def _bias_silu_cases() -> list[CompileCase]:
         compile_case(_bias_silu_bwd_kernel, "backward", dtype, maps, ("bias",), SIZES, flags, TILE)
         for dtype in DTYPES.values()
     ]
-    return _forward_cases(False) + [replace(c, signature={**c.signature, "partial_ptr": "*fp32"}) for c in cases]
+    return _forward_cases(False) + [
+        replace(c, signature={**c.signature, "partial_ptr": "*fp32"}, config="bias_silu_backward") for c in cases
+    ]
+
+
+CANDIDATES = [
+    {"BLOCK_P": size // block_c, "BLOCK_C": block_c, "num_warps": warps}
+    for size in (1024, 2048, 4096)
+    for block_c in (64, 128, 256)
+    for warps in (2, 4, 8)
+    if size // warps <= 1024  # 32 elements a thread
+]
+
+
+def _tune_inputs(device, residual: bool = False):
+    for channels, size in ((128, 512), (256, 256), (512, 64)):  # of Sim-VAE's levels
+        x = torch.randn(8, size, size, channels, device=device, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+        bias = torch.zeros(channels, device=device)
+        yield (x, bias, x) if residual else (x.requires_grad_(), bias)
 
 
 SIZES = ("channels", "pixels", "width")
@@ -280,6 +306,8 @@ register(
             "torch": Kernel(_torch_bias_silu_backward),
         },
         compile_cases=_bias_silu_cases,
+        candidates={"bias_silu": CANDIDATES, "bias_silu_backward": CANDIDATES},
+        tune_inputs=_tune_inputs,
     )
 )
 register(
@@ -292,6 +320,8 @@ register(
         },
         notes={"backward": "it is g itself, twice, and the sum of g, which PyTorch does in one pass"},
         compile_cases=lambda: _forward_cases(True),
+        candidates={"bias_residual": CANDIDATES},
+        tune_inputs=lambda device: _tune_inputs(device, residual=True),
     )
 )
 

@@ -14,7 +14,7 @@ Traffic     x twice and y once, partial results of a few per cent. PyTorch on CU
             reads and writes once more for SiLU, and copies channels-last to NCHW and back for some of its kernels. The
             second pass goes backwards through memory, so that it begins with what the L2 cache still holds. Backward:
             x and g twice, dx once.
-Fallback    float64 goes to the reference and is counted. On CPU the backward is the reference's.
+Fallback    float64 goes to the reference and is counted.
 Source      Wu & He 2018; Chan, Golub & LeVeque 1979; diffusers ResnetBlock2D.
 """
 
@@ -23,9 +23,8 @@ from torch import Tensor
 
 from . import reference
 from ._triton import jit, tl, triton
-from .launch import launch_config
 from .layout import evenly_spaced, image_strides, laid_out_like
-from .pixel_norm import DTYPES, check, float_vector, image_offsets, statistics_dtype
+from .pixel_norm import DTYPES, check, image_offsets, native, statistics_dtype, tuned
 from .registry import OPS, CompileCase, Kernel, Op, backend_of_backward, register, run
 
 PROGRAMS = 2048  # that split the pixels, about; one number for all GPUs, so that they add up alike
@@ -426,9 +425,18 @@ def _cpp_group_norm_silu(x, num_groups, weight, bias, eps, act):
     y, mean, rstd = _outputs(x, num_groups)
     if x.numel():
         torch.ops.lpmrf_cpp.group_norm_silu(
-            x, num_groups, float_vector(weight), float_vector(bias), eps, act == "silu", y, mean, rstd
+            x, num_groups, native(weight), native(bias), eps, act == "silu", y, mean, rstd
         )
     return y, mean, rstd
+
+
+def _cpp_group_norm_silu_backward(x, g, mean, rstd, num_groups, weight, bias, eps, act):
+    dx, (dweight, dbias) = torch.empty_like(x), (x.new_zeros(x.shape[1], dtype=torch.float32) for _ in range(2))
+    if x.numel():
+        torch.ops.lpmrf_cpp.group_norm_silu_backward(
+            x, g, mean, rstd, native(weight), native(bias), act == "silu", dx, dweight, dbias
+        )
+    return dx, dweight, dbias
 
 
 def _torch_group_norm_silu(x, num_groups, weight, bias, eps, act):
@@ -458,7 +466,7 @@ def _stride(p: Tensor | None) -> int:
 def _sums(x: Tensor):
     """Of the kernels that sum over pixels: grid, tile, chunks a photo, steps (tiles a chunk)."""
     B, C, H, W = x.shape
-    tile = launch_config("group_norm_silu_sums", x.device, _tile(x, 2048), channels=C, pixels=H * W)
+    tile = tuned("group_norm_silu_sums", x, _tile(x, 2048))
     tiles, columns = triton.cdiv(H * W, tile["BLOCK_P"]), triton.cdiv(C, tile["BLOCK_C"])
     steps = max(triton.cdiv(B * tiles * columns, PROGRAMS), min(MIN_STEPS, tiles))
     chunks = triton.cdiv(tiles, steps)
@@ -468,7 +476,7 @@ def _sums(x: Tensor):
 def _pass(x: Tensor):
     """Of the kernels that write every pixel: grid, tile, steps (tiles a program: a few, so that parameters pay)."""
     B, C, H, W = x.shape
-    tile = launch_config("group_norm_silu", x.device, _tile(x, 4096), channels=C, pixels=H * W)
+    tile = tuned("group_norm_silu", x, _tile(x, 4096))
     tiles, columns = triton.cdiv(H * W, tile["BLOCK_P"]), triton.cdiv(C, tile["BLOCK_C"])
     steps = min(max(B * tiles * columns // (2 * PROGRAMS), 1), 8)
     return (B * triton.cdiv(tiles, steps), columns), tile, steps
@@ -529,8 +537,27 @@ def _compile_cases() -> list[CompileCase]:
             multiples = ("stride_", "channels", "pixels")
             divisible = [name for name in signature if name.endswith("_ptr") or name.startswith(multiples)]
             label = f"{kernel.__name__.strip('_')}, {dtype}, {channels} {'channels-last' if channels_last else 'NCHW'}"
-            cases.append(CompileCase(label, kernel, signature, constants, num_warps, divisible))
+            config = "group_norm_silu_sums" if tile is sums else None
+            cases.append(CompileCase(label, kernel, signature, constants, num_warps, divisible, config=config))
     return cases
+
+
+def _candidates(sizes: tuple[int, ...]) -> list[dict[str, int]]:
+    """Tiles of `sizes` elements, wide along the channels, of 8 to 32 elements a thread."""
+    return [
+        {"BLOCK_P": size // block_c, "BLOCK_C": block_c, "num_warps": warps}
+        for size in sizes
+        for block_c in (64, 128, 256)
+        for warps in (2, 4, 8)
+        if 8 <= size // (32 * warps) <= 32
+    ]
+
+
+def _tune_inputs(device):
+    for channels, size in ((128, 512), (256, 256), (512, 64)):  # of SD-VAE's and FLUX-VAE's levels
+        x = torch.randn(8, size, size, channels, device=device, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+        weight, bias = torch.ones(channels, device=device), torch.zeros(channels, device=device)
+        yield x.requires_grad_(), 32, weight, bias, 1e-6, "silu"
 
 
 # ---- registration
@@ -545,9 +572,15 @@ register(
         },
         backward={
             "triton": Kernel(_launch_group_norm_silu_backward, _refuses),
+            "cpp": Kernel(_cpp_group_norm_silu_backward, _refuses),
             "torch": Kernel(_torch_group_norm_silu_backward),
         },
         compile_cases=_compile_cases,
+        candidates={
+            "group_norm_silu_sums": _candidates((1024, 2048, 4096)),
+            "group_norm_silu": _candidates((2048, 4096, 8192)),
+        },
+        tune_inputs=_tune_inputs,
     )
 )
 

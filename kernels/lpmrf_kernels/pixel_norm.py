@@ -219,7 +219,7 @@ class PixelNorm:
         outputs = _outputs(x, residual)
         if x.numel():
             B, C, H, W = x.shape
-            config = launch_config(self.name, x.device, _forward_tile(x), channels=C, pixels=H * W)
+            config = tuned(self.name, x, _forward_tile(x))
             flat = evenly_spaced(x, residual, outputs[-1])
             total = outputs[0] if residual is not None else None
             grid = (B * triton.cdiv(H * W, config["BLOCK_P"]),)
@@ -238,7 +238,7 @@ class PixelNorm:
         if x.numel():
             total = outputs[0] if residual is not None else None
             torch.ops.lpmrf_cpp.pixel_norm(
-                x, residual, self._factor(weight), float_vector(bias), eps, self.centred, total, outputs[-1]
+                x, residual, native(weight), float(self.plus_one), native(bias), eps, self.centred, total, outputs[-1]
             )
         return outputs
 
@@ -251,7 +251,7 @@ class PixelNorm:
 
     def triton_backward(self, x, grads, weight, eps, weight_grad, bias_grad) -> list[Tensor]:
         B, C, H, W = x.shape
-        config = launch_config(f"{self.name}_backward", x.device, _backward_tile(x), channels=C, pixels=H * W)
+        config = tuned(f"{self.name}_backward", x, _backward_tile(x))
         tiles = triton.cdiv(H * W, config["BLOCK_P"])
         steps = max(triton.cdiv(B * tiles, PROGRAMS), 1)
         programs = triton.cdiv(tiles, steps)
@@ -276,8 +276,9 @@ class PixelNorm:
         if x.numel():
             *g_sum, g = grads
             torch.ops.lpmrf_cpp.pixel_norm_backward(
-                x, g, g_sum[0] if g_sum else None, self._factor(weight), eps, self.centred, chunks, dx, dweight, dbias
-            )
+                x, g, g_sum[0] if g_sum else None, native(weight), float(self.plus_one), eps, self.centred, chunks,
+                dx, dweight, dbias,
+            )  # fmt: skip
         return _summed(weight, dx, dweight, dbias)
 
     def torch_backward(self, x, grads, weight, eps, weight_grad, bias_grad) -> list[Tensor]:
@@ -288,13 +289,6 @@ class PixelNorm:
             dx = dx + g_sum[0]
         dx = laid_out_like(dx.to(x.dtype), x)
         return _summed(weight, dx, dweight[:, None] if weight_grad else None, dbias[:, None] if bias_grad else None)
-
-    def _factor(self, weight: Tensor | None) -> Tensor | None:
-        """What C++ multiplies by: float32 rows (1 or B, C)."""
-        if weight is None:
-            return None
-        weight = float_vector(weight) if weight.dim() == 2 else float_vector(weight)[None]
-        return weight + 1 if self.plus_one else weight
 
 
 def _outputs(x: Tensor, residual: Tensor | None) -> list[Tensor]:
@@ -318,8 +312,9 @@ def _summed(weight: Tensor | None, dx: Tensor, dweight: Tensor | None, dbias: Te
     return result
 
 
-def float_vector(p: Tensor | None) -> Tensor | None:
-    return None if p is None else p.float().contiguous()
+def native(p: Tensor | None) -> Tensor | None:
+    """A parameter in a dtype that C++ reads."""
+    return p if p is None or p.dtype in DTYPES else p.float()
 
 
 def _weight_strides(weight: Tensor | None) -> tuple[int, int]:
@@ -331,6 +326,13 @@ def _weight_strides(weight: Tensor | None) -> tuple[int, int]:
 def _rows(x: Tensor) -> bool:
     """Whether a pixel's channels lie closer together than its neighbours."""
     return x.stride(1) <= x.stride(3)
+
+
+def tuned(name: str, x: Tensor, default: dict[str, int]) -> dict[str, int]:
+    """The tile for a launch on (B, C, H, W): of a table where rows are channels, as they were when it was measured."""
+    if not _rows(x):
+        return default
+    return launch_config(name, x.device, default, channels=x.shape[1], pixels=x.shape[2] * x.shape[3])
 
 
 def _forward_tile(x: Tensor) -> dict[str, int]:
@@ -410,13 +412,32 @@ def _compile_cases(norm: PixelNorm) -> list[CompileCase]:
             way = "forward" if kernel is _pixel_norm_fwd_kernel else "backward"
             layout = "channels-last" if channels_last else "NCHW"
             label = f"{way}, {dtype}, {channels} {layout}" + ", residual" * residual
+            config = None if way == "forward" else f"{norm.name}_backward"
             divisible = [
                 name
                 for name in signature
                 if name.endswith("_ptr") or name.startswith(("stride_", "channels", "pixels"))
             ]
-            cases.append(CompileCase(label, kernel, signature, constants, num_warps, divisible))
+            cases.append(CompileCase(label, kernel, signature, constants, num_warps, divisible, config=config))
     return cases
+
+
+def _candidates(most: int) -> list[dict[str, int]]:
+    """Half a pixel a warp to `most` of them: of 512 channels 16 · most elements a thread, which registers hold."""
+    return [
+        {"BLOCK_P": int(warps * share), "num_warps": warps}
+        for warps in (2, 4, 8, 16)
+        for share in (0.5, 1, 2, 4)
+        if share <= most
+    ]
+
+
+def _tune_inputs(norm: PixelNorm, device):
+    """Sim-VAE's levels for LayerNorm, the velocity network's for RMSNorm, with gradients."""
+    for channels, size in ((128, 512), (256, 256), (512, 64)) if norm.centred else ((256, 64), (512, 32)):
+        x = torch.randn(8, size, size, channels, device=device, dtype=torch.bfloat16).permute(0, 3, 1, 2)
+        weight = torch.ones((8, channels) if norm.plus_one else channels, device=device, requires_grad=True)
+        yield x.requires_grad_(), None, weight, torch.zeros_like(weight) if norm.centred else None, 1e-6
 
 
 # ---- registration
@@ -439,6 +460,8 @@ def define(name: str, reference: Callable, centred: bool, plus_one: bool = False
                 "torch": Kernel(norm.torch_backward),
             },
             compile_cases=lambda: _compile_cases(norm),
+            candidates={name: _candidates(4), f"{name}_backward": _candidates(2)},
+            tune_inputs=lambda device: _tune_inputs(norm, device),
         )
     )
 

@@ -6,6 +6,7 @@ prepare.py   the engine's modules over the pipeline's weights
 region.py    degraded pixels to restored pixels as tensor operations: what a graph holds, and its static buffers
 graphs.py    capture, one pool, a budget, eviction
 memory.py    how many photos fit; what to do when they do not
+lanes.py     photos side by side on a CPU
 tiles.py     photos of any size as rows of a bucket, and back
 staging.py   queue, streams and pinned memory beside the replays
 engine.py    Engine: restore, submit, load_state_dict, statistics

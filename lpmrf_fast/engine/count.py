@@ -115,8 +115,23 @@ def _neighborhood(args, out) -> float:
     return 4 * args[0].numel() * args[3] ** 2  # q, k, v (B, H, W, heads, D), kernel_size
 
 
-FLOPS: dict[str, Callable] = {"attention": _attention, "neighborhood_attention_2d": _neighborhood}
-"""Ops of lpmrf_kernels that multiply matrices: name → FLOPs of (args, out). The others are bound by memory."""
+def _window(args, out) -> float:
+    return 4 * out.numel() * args[2] ** 2  # qkv (B, H, W, 3C), bias, window_size
+
+
+def _depthwise(args, out) -> float:
+    weights = [a for a in args[1:4] if isinstance(a, Tensor) and a.dim() == 4]  # without one there is no convolution
+    return sum(2 * args[0].numel() * w[0].numel() for w in weights)
+
+
+FLOPS: dict[str, Callable] = {
+    "attention": _attention,
+    "neighborhood_attention_2d": _neighborhood,
+    "window_attention": _window,
+    "dwconv_rope_qkv": _depthwise,
+    "dwconv_geglu": _depthwise,
+}
+"""Ops of lpmrf_kernels that multiply: name → FLOPs of (args, out). The others are bound by memory."""
 
 
 class Counter(TorchDispatchMode):

@@ -3,11 +3,13 @@
 import contextvars
 import logging
 import threading
+import traceback
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -17,7 +19,8 @@ from lpmrf_kernels import registry, use_backend
 from .. import flow
 from .count import Estimate, estimate
 from .graphs import Captured, CudaDevice, Graphs, algorithms
-from .memory import Room, free_memory, give_back, is_out_of_memory, parse_bytes
+from .lanes import Lanes
+from .memory import Room, free_memory, give_back, is_out_of_memory, keep_blocks, parse_bytes
 from .plan import MODES, Plan, bucket, resolved_backends
 from .prepare import Prepared
 from .region import Buffers, Region, Segment
@@ -28,6 +31,7 @@ log = logging.getLogger("lpmrf_fast.engine")
 BUCKETS = 16
 """Buckets whose buffers are kept, least recently used ones go first."""
 GPU_BATCH = 32
+CPU_BATCH = 8
 RESERVE = 0.9
 """Share of the free memory that batches are planned for."""
 
@@ -58,6 +62,8 @@ class Bucket:
     buffers: Buffers
     segments: list[Segment]
     uses: int = 0
+    photos: "list[Bucket]" = field(default_factory=list)
+    """On a CPU, where every photo runs by itself: buckets of one photo over the rows of the buffers."""
 
 
 class Engine:
@@ -65,12 +71,13 @@ class Engine:
 
     pipeline: a LatentPMRFPipeline or PMRFPipeline; its weights are shared, not copied. Moving or casting it later
         leaves the engine as it is; new weights copied into it (or `load_state_dict` here) take effect.
-    batch_size: photos of one padded size that run together at most. None: on a GPU as many as memory holds, up to 32;
-        1 on a CPU, where more gain nothing. Batches are padded to powers of two.
+    batch_size: photos of one padded size that run together at most. None: as many as memory holds, up to 32 on a GPU,
+        and on a CPU up to one a thread and 8. A GPU's batches are padded to powers of two; on a CPU every photo runs by
+        itself, those of a batch side by side, each on its share of the threads.
     max_memory: bytes, or text such as "8GB", that weights, activations and graphs may take; None: what is free.
     mode: see `plan.MODES`; None: "graph" on a GPU, "eager" on a CPU.
     deterministic: one padded batch size for all and fixed algorithms, so that a photo's bits do not depend on its
-        company.
+        company; on a CPU, every photo on one thread.
     strict: a graph that cannot be captured raises CaptureError in place of running eagerly; None: as LPMRF_STRICT says.
     compile: names of networks to put through torch.compile, with its options where it is a dict.
     waiting: batches that `submit` queues before it makes the caller wait.
@@ -78,7 +85,8 @@ class Engine:
 
     A bucket (padded batch, exact padded height and width, steps) runs eagerly the first time, which warms it up, and
     is captured the second time; `warm_up` does both at once. All methods may be called from any thread; on a GPU,
-    `restore` works on the caller's current stream. Close it, or use it in a `with`.
+    `restore` works on the caller's current stream. On a CPU the process's memory allocator is told to keep large blocks
+    (`memory.keep_blocks`). Close it, or use it in a `with`.
     """
 
     def __init__(
@@ -118,6 +126,9 @@ class Engine:
         strict = registry.strict() if strict is None else strict
         budget = self.max_memory and max(1, self.max_memory - self.weight_bytes)
         self._graphs = Graphs(capturer, budget, strict) if capturer and self.mode != "eager" else None
+        self._lanes = Lanes(deterministic) if self.device.type == "cpu" and not self._graphs else None
+        if self.device.type == "cpu":
+            keep_blocks()
         self._buckets: OrderedDict[Plan, Bucket] = OrderedDict()
         self._room: Room | None = None
         self._waiting = waiting
@@ -179,8 +190,7 @@ class Engine:
         if any(photo.device.type != "cpu" for photo, _ in job.rows):
             raise ValueError("Engine.submit takes photos in the CPU's memory; call restore for those on a device")
         with self._lock:
-            if self._closed:
-                raise RuntimeError("this engine is closed; make another one")
+            self._check_open()
             if self._worker is None:
                 lane = CudaLane(self._compute, self.device) if self.device.type == "cuda" else HostLane(self._compute)
                 self._worker = Worker(lane, self._choose, self._retreat, self._waiting)
@@ -189,12 +199,32 @@ class Engine:
         return job.future
 
     def warm_up(self, height: int, width: int, batch: int | None = None, num_inference_steps: int = 25) -> Plan:
-        """Run a bucket on black pixels and capture it now; the plan. Raises as restoring does."""
+        """Run a bucket and capture it now; the plan. Raises as restoring does."""
         batch = batch or max(1, self.limit(height, width))
         plan = self.plan(height, width, batch, num_inference_steps)
         for _ in range(2):
-            self._compute(plan, [], [], num_inference_steps, lambda results: None)
+            self.replay(plan, num_inference_steps)
         return plan
+
+    def buffers(self, plan: Plan) -> Buffers:
+        """A bucket's static tensors, for programs that feed it themselves: write pixels and seeds, then `replay`.
+
+        Both belong on one stream, with nobody else using this plan meanwhile. They stay while the plan is among the
+        last ones used (`BUCKETS`); `replay` returns those that it used.
+        """
+        self._check_open()
+        with self._lock, self._on_device():
+            return self._bucket(plan).buffers
+
+    def replay(self, plan: Plan, num_inference_steps: int = 25) -> Buffers:
+        """Run a bucket on what stands in its buffers, on the current stream; images, means and finite are there then.
+
+        num_inference_steps: those of the plan, or any for one of mode "step".
+        """
+        self._check_open()
+        if plan.steps not in (None, num_inference_steps):
+            raise ValueError(f"this plan has {plan.steps} steps, got {num_inference_steps}")
+        return self._compute(plan, None, None, num_inference_steps, lambda results: self._buckets[plan].buffers)
 
     def close(self, cancel: bool = False) -> None:
         """Finish what was submitted (cancel: only what has begun), end the thread, free graphs and buffers."""
@@ -203,6 +233,8 @@ class Engine:
         if worker is not None:
             worker.close(cancel)
         self._free()
+        if self._lanes:
+            self._lanes.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -248,13 +280,16 @@ class Engine:
                 gpu, budget, per_pixel = self.device.type == "cuda", None, None
                 if self.max_memory:
                     budget = max(1, self.max_memory - self.weight_bytes)
-                elif gpu and self.batch_size is None and not self.deterministic:  # which must not depend on the moment
-                    budget = int(RESERVE * free_memory(self.device))
+                elif not self.deterministic and (self.batch_size is None or not gpu):
+                    # Deterministic results must not depend on the moment. A GPU says when its memory is full; on a CPU
+                    # the system ends the process.
+                    free = free_memory(self.device)
+                    budget = None if free is None else int(RESERVE * free)
                 if budget is not None:
                     H, W = self.stages.padded_size(512, 512)
                     plan = Plan(1, H, W, 1, str(self.device), dtypes(self.stages))
                     per_pixel = estimate(self.stages, plan).peak / plan.pixels
-                batch_size = self.batch_size or (GPU_BATCH if gpu else 1)
+                batch_size = self.batch_size or (GPU_BATCH if gpu else min(CPU_BATCH, torch.get_num_threads()))
                 self._room = Room(batch_size, self.stages.padded_size, budget, per_pixel)
             return self._room
 
@@ -286,33 +321,39 @@ class Engine:
 
     # ---- one bucket
 
-    def _compute(self, plan: Plan, rows: Tensor | Sequence[Tensor], seeds: Tensor | Sequence[int], steps: int, keep):
+    def _compute(self, plan: Plan, rows, seeds, steps: int, keep):
         """Run a bucket on the current stream → keep((images, means, finite)), views of as many rows as there are.
 
-        Whatever the thread, backends are those that were chosen where the engine was made.
+        rows: photos, or pixels (n, 3, H, W); None: what stands in the buffers. Whatever the thread, backends are those
+        that were chosen where the engine was made.
         """
         return self._context.copy().run(self._compute_here, plan, rows, seeds, steps, keep)
 
-    @torch.no_grad()
     def _compute_here(self, plan: Plan, rows, seeds, steps: int, keep):
-        count = len(rows)
+        count = plan.batch if rows is None else len(rows)
         with self._lock, self._on_device(), self._in_turn(), use_backend(self._forced or "auto"):
             held = self._bucket(plan)
             buffers = held.buffers
             if self._prepared.changed():
                 for other in self._buckets.values():
-                    other.buffers.stale = True
-            buffers.set_grid(steps, self.stages.eps)
-            self._region.refresh(buffers)
+                    for part in (other, *other.photos):
+                        part.buffers.stale = True
             if isinstance(rows, Tensor):
                 buffers.pixels[:count].copy_(rows)
-            else:
+            elif rows is not None:
                 fill(buffers.pixels, rows)
-            buffers.seeds[:count].copy_(torch.as_tensor(seeds, dtype=torch.int64))
-            self._run(plan, held, steps)
+            if seeds is not None:
+                buffers.seeds[:count].copy_(torch.as_tensor(seeds, dtype=torch.int64))
+            if held.photos:
+                self._lanes.run([partial(self._run, plan, photo, steps) for photo in held.photos[:count]])
+            else:
+                self._run(plan, held, steps)
             return keep([t[:count] for t in (buffers.images, buffers.means, buffers.finite)])
 
+    @torch.inference_mode()
     def _run(self, plan: Plan, held: Bucket, steps: int) -> None:
+        held.buffers.set_grid(steps, self.stages.eps)
+        self._region.refresh(held.buffers)
         runs = [segment.run for segment in held.segments]
         fixed = plan.deterministic and self.device.type == "cuda"
         with algorithms(True) if fixed else nullcontext():
@@ -334,8 +375,15 @@ class Engine:
                     self._graphs.drop(old)
             buffers = Buffers(plan, self.device, self.stages.state_dtype)
             held = self._buckets[plan] = Bucket(buffers, self._region.segments(plan, buffers))
+            if self._lanes:
+                one, rows = replace(plan, batch=1), (buffers.row(i) for i in range(plan.batch))
+                held.photos = [Bucket(row, self._region.segments(one, row)) for row in rows]
         self._buckets.move_to_end(plan)
         return held
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise RuntimeError("this engine is closed; make another one")
 
     def _on_device(self):
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -358,8 +406,7 @@ class Engine:
     # ---- jobs
 
     def _job(self, images, steps, seeds, view: bool = False) -> Job:
-        if self._closed:
-            raise RuntimeError("this engine is closed; make another one")
+        self._check_open()
         flow.time_grid(steps)
         photos = _photos(images)
         seeds = _seeds(seeds, len(photos))
@@ -403,6 +450,7 @@ class Engine:
         """
         if plan is None or not is_out_of_memory(error):
             raise error
+        traceback.clear_frames(error.__traceback__)  # they hold the tensors of the attempt
         with self._lock:
             self._free()
             smaller = not self.deterministic and self._memory().shrink(plan.height, plan.width, plan.batch)

@@ -1,15 +1,20 @@
 """Memory: how much there is, and how many photos of a size it holds."""
 
+import ctypes
 import gc
 import math
 import re
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
 
 UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 MIN_TILE = 256
 """Side below which photos are not cut into smaller tiles: networks need some context."""
+
+CGROUP = Path("/sys/fs/cgroup")
 
 
 def parse_bytes(text: str | int | float) -> int:
@@ -28,9 +33,14 @@ def free_memory(device: torch.device) -> int | None:
         return torch.cuda.mem_get_info(device)[0] + unused
     try:
         with open("/proc/meminfo") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
+            free = next(int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
     except (OSError, StopIteration):  # not Linux
         return None
+    try:  # a container's limit
+        limit, used = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
+    except (OSError, ValueError):  # no container, or one without a limit
+        return free
+    return max(0, min(free, limit - used))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -46,6 +56,35 @@ def give_back(device: torch.device) -> None:
     if device.type == "cuda":
         with torch.cuda.device(device):
             torch.cuda.empty_cache()
+    elif device.type == "cpu" and (libc := _glibc()):
+        libc.malloc_trim(0)
+
+
+@cache
+def keep_blocks() -> bool:
+    """Tell glibc's allocator to keep freed blocks of up to 1 GiB for the next use; whether there is a glibc.
+
+    By default every block of 32 MiB or more is a new mapping, whose pages the system zeroes one by one while they are
+    written: an activation of that size took twenty times as long. Holds for the process; `give_back` hands all that is
+    unused to the system.
+    """
+    libc = _glibc()
+    # Threads have pools of their own, which hold no more than 64 MiB a block: from now on new threads share one.
+    return bool(libc) and all([libc.mallopt(*option) for option in ((MMAP, 2**30), (TRIM, 2**31 - 1), (ARENAS, 1))])
+
+
+TRIM, MMAP, ARENAS = -1, -3, -8
+"""M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h."""
+
+
+@cache
+def _glibc():
+    """The C library, where it is glibc."""
+    try:
+        libc = ctypes.CDLL(None)
+        return libc if hasattr(libc, "gnu_get_libc_version") and hasattr(libc, "malloc_trim") else None
+    except (OSError, TypeError):  # Windows has no CDLL(None)
+        return None
 
 
 class Room:

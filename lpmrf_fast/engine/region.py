@@ -5,6 +5,7 @@ a constant of the plan (or a device tensor too, where one captured step serves a
 keeps the photos of a batch apart, so that padding rows cannot touch their neighbours.
 """
 
+import copy
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ class Buffers:
     images, means (B, 3, H, W) uint8, channels-last: restored photos and posterior means out. finite (B,) bool: False
     where a value was NaN or infinite; that photo's pixels are then worth nothing.
     times (K,), steps (K,): t and Δt of the Euler steps, in the state's dtype. tables: what the velocity network knows
-    from the times alone. For mode "step": row (1,) int64, the step that comes next, and state, the flow's.
+    from the times alone. For mode "step": next (1,) int64, the step that comes next, and state, the flow's.
     """
 
     def __init__(self, plan: Plan, device: torch.device, dtype: torch.dtype):
@@ -42,12 +43,20 @@ class Buffers:
         self.finite = torch.zeros(plan.batch, dtype=torch.bool, device=device)
         self.times = torch.zeros(plan.steps or MAX_STEPS, dtype=dtype, device=device)
         self.steps = torch.zeros_like(self.times)
-        self.row = torch.zeros(1, dtype=torch.int64, device=device)
+        self.next = torch.zeros(1, dtype=torch.int64, device=device)
         self.state: Tensor | None = None  # its shape, and that of the tables, shows in a first run
         self.tables = None
         self.stale = False
         """Whether tables are those of other times or weights."""
         self._grid = None
+
+    def row(self, index: int) -> "Buffers":
+        """Buffers of one photo, whose pixels, seed and results are those of a row of these."""
+        one = copy.copy(self)
+        for name in ("pixels", "images", "means", "seeds", "finite"):
+            setattr(one, name, getattr(self, name)[index : index + 1])
+        one.times, one.steps, one.next = (torch.zeros_like(t) for t in (self.times, self.steps, self.next))
+        return one
 
     @property
     def bytes(self) -> int:
@@ -117,15 +126,15 @@ class Region:
     def _begin(self, buffers: Buffers) -> None:
         z = self._source(buffers)
         buffers.state.copy_(z)
-        buffers.row.zero_()
+        buffers.next.zero_()
 
     def _step(self, buffers: Buffers) -> None:
         z = buffers.state
         with self.mark("velocity"):
-            t, dt = (values.index_select(0, buffers.row) for values in (buffers.times, buffers.steps))
-            v = self.stages.velocity_at(z, t, buffers.tables, buffers.row)
+            t, dt = (values.index_select(0, buffers.next) for values in (buffers.times, buffers.steps))
+            v = self.stages.velocity_at(z, t, buffers.tables, buffers.next)
             z.copy_(torch.addcmul(z, dt.view(1, 1, 1, 1), v.to(z.dtype)))
-            buffers.row.add_(1)
+            buffers.next.add_(1)
 
     def _source(self, buffers: Buffers) -> Tensor:
         stages, mark = self.stages, self.mark

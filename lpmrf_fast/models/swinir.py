@@ -13,6 +13,7 @@ import lpmrf_kernels as ops
 from lpmrf_kernels.reference import shift_mask
 
 from .config import records_config
+from .layers import Linear
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
@@ -52,8 +53,8 @@ class WindowAttention(nn.Module):
         y, x = (a.flatten() for a in torch.meshgrid(axis, axis, indexing="ij"))
         dy, dx = y[:, None] - y, x[:, None] - x  # query minus key
         self.register_buffer("relative_position_index", (dy + window_size - 1) * n + dx + window_size - 1)
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
-        self.proj = nn.Linear(dim, dim)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias)
+        self.proj = Linear(dim, dim)
 
     def forward(self, x: Tensor, window_size: int, shift: int) -> Tensor:
         """x (B, H, W, C)."""
@@ -64,11 +65,11 @@ class WindowAttention(nn.Module):
 class Mlp(nn.Module):
     def __init__(self, dim: int, hidden: int):
         super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
+        self.fc1 = Linear(dim, hidden)
+        self.fc2 = Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(self.fc1(x, gelu=True))
 
 
 class Block(nn.Module):

@@ -174,10 +174,10 @@ def _open_manifest(output: Path, single: bool) -> Manifest:
             return Manifest(None)
         return Manifest(output)
     except OSError as error:
-        where = error.filename or output
-        raise JobError(
-            f"the output {output} cannot be written ({error.strerror or error}: {where}); choose another -o"
-        ) from error
+        where, reason = error.filename or output, error.strerror or error
+        if isinstance(error, (FileExistsError, NotADirectoryError)):
+            reason = "a file is in the way of this folder"
+        raise JobError(f"the output {output} cannot be written ({reason}: {where}); choose another -o") from error
 
 
 def _version() -> str:

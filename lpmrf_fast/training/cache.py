@@ -14,23 +14,22 @@ from tqdm import tqdm
 
 from ..checkpoint import locate
 from .config import TrainConfig
-from .data import Faces, batches
+from .data import Faces, at_once, batches
 
 
 class LatentCache:
     """One file a pass over the faces: `sources` and `targets` in half precision, in the order of the sorted faces.
 
     Pass 2k holds degradation k, pass 2k + 1 degradation k of the mirror images. A killed run continues with the first
-    missing pass. `ends(clean, degraded)` computes (source, target) of a uint8 batch. The folder remembers what it was
-    made from; other networks or settings make it anew.
+    missing pass. `ends(clean, degraded)` computes (source, target) of a uint8 batch on `device`. The folder remembers
+    what it was made from; other networks or settings make it anew, another seed of the run does not.
     """
 
-    def __init__(self, folder: Path, paths: list[Path], config: TrainConfig, ends):
-        self.folder, self.passes = folder, 2 * config.cache
+    def __init__(self, folder: Path, paths: list[Path], config: TrainConfig, ends, device: torch.device):
+        self.folder, self.passes, self.device = folder, 2 * config.cache, device
         recipe = {
             "paths": [str(p) for p in paths],
             "size": config.size,
-            "seed": config.seed,
             "ranges": repr(config.ranges),
             "networks": [_digest(f) for f in (config.posterior_mean, config.vae) if f],
         }
@@ -54,17 +53,17 @@ class LatentCache:
 
     def _compute(self, p, paths, config, ends, bar):
         faces = Faces(
-            *(paths, config.size, len(paths), config.seed + p, config.ranges),
+            *(paths, config.size, len(paths), p, config.ranges),
             shuffle=False,
             memory=0,
             unusable=Path(config.out) / "left-out.txt",
         )
         sources, targets = [], []
-        for clean, degraded in batches(faces, 4, config.workers, keep_rest=True):
+        for clean, degraded in batches(faces, at_once(config.size), config.workers, keep_rest=True):
             if p % 2:
                 clean, degraded = clean.flip(-1), degraded.flip(-1)
-            with torch.autocast("cpu", torch.bfloat16, enabled=config.precision == "bf16"):
-                source, target = ends(clean, degraded)
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=config.precision == "bf16"):
+                source, target = ends(clean.to(self.device), degraded.to(self.device))
             sources.append(source.half().cpu())
             targets.append(target.half().cpu())
             bar.update(len(clean))

@@ -64,6 +64,8 @@ class TrainConfig:
     """Where training images are degraded: "cpu", by the workers, or "device", by the GPU, one image after another."""
     cache: int = 0
     """flow: degradations a face (and its mirror image) whose latents are computed once and kept; 0: computed live."""
+    latents: str | None = None
+    """flow: folder of the cache, which runs of other seeds and velocity networks may share; none: `out`/latents."""
     workers: int = 2
 
     # objective
@@ -125,6 +127,9 @@ class TrainConfig:
     """bf16 (autocast) or fp32."""
     compile: bool = False
     """Through torch.compile: minutes at the start, fewer milliseconds a step on a GPU."""
+    activation_checkpointing: bool = False
+    """Blocks keep their inputs alone and compute the rest again on the way back: larger batches in less memory, at the
+    price of a second forward pass. Gradients stay the same."""
     fsdp: bool = False
     """Several processes share out parameters, gradients, optimiser and EMA (FSDP) where each would hold all (DDP)."""
     seed: int = 0

@@ -68,6 +68,11 @@ def members(shard: Path) -> list[Member]:
     return sorted(Member(str(shard), e.name, e.offset_data, e.size) for e in entries)
 
 
+def at_once(size: int) -> int:
+    """Faces of this size that go through frozen networks together: as many as fill four of 512x512."""
+    return max(1, 4 * 512 * 512 // size**2)
+
+
 class Unusable(ValueError):
     """An image that is left out, and why."""
 

@@ -18,7 +18,7 @@ from ..models import SwinIR
 from ..perceptual import LPIPS
 from .cache import LatentCache
 from .config import ConfigError, TrainConfig
-from .data import Faces, degraded_crops, find_images
+from .data import Faces, at_once, degraded_crops, find_images
 from .losses import PatchCritic, PerceptualLoss, balanced, hinge_loss, kl_divergence
 
 CLASSES = {name: getattr(models, name) for name in models.__all__ if isinstance(getattr(models, name), type)}
@@ -252,8 +252,8 @@ class FlowStage(Stage):
     def dataset(self, samples):
         if not self.config.cache:
             return super().dataset(samples)
-        cache = LatentCache(Path(self.config.out) / "latents", find_images(self.config.train), self.config, self.ends)
-        return cache.dataset(samples)
+        faces, folder = find_images(self.config.train), Path(self.config.latents or f"{self.config.out}/latents")
+        return LatentCache(folder, faces, self.config, self.ends, self.device).dataset(samples)
 
     def encode(self, x: Tensor) -> Tensor:
         """[0, 1] pixels → the space of the flow: scaled latents, or the pixels themselves."""
@@ -297,7 +297,7 @@ class FlowStage(Stage):
     def judge(self, model, clean, degraded):
         x, y = unit(clean), unit(degraded)
         rows = []
-        for part in y.split(4):
+        for part in y.split(at_once(self.config.size)):
             guess = self.first_guess(part)
             start = self.encode(guess)
             source = self.source(start, torch.Generator().manual_seed(VALIDATION_SEED))

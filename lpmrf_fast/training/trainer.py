@@ -32,6 +32,7 @@ from .config import ConfigError, TrainConfig
 from .data import batches
 from .log import Log
 from .optimizers import build_optimizers
+from .recompute import recompute
 from .sharding import gathered, shard, share_out, whole
 from .stages import STAGES
 
@@ -104,6 +105,8 @@ class Trainer:
         self.ema = AveragedModel(self.model, multi_avg_fn=get_ema_multi_avg_fn(config.ema_decay))
         self.ema.requires_grad_(False)
         state = self._read()
+        if config.activation_checkpointing:
+            recompute(self.model)
         self.sharded = config.fsdp and self.processes > 1
         if self.sharded:
             for network in (self.model, self.ema.module):
@@ -118,6 +121,7 @@ class Trainer:
             # Without momentum, as usual for critics: what it judges moves with every step.
             self.critic_optimizer = torch.optim.AdamW(self.stage.critic.parameters(), config.lr, betas=(0.0, 0.99))
         self.step, self.stopping = 0, False
+        self.taken = torch.zeros(()), None  # gradient norm and batch of the last step
         if state is not None:
             self._resume(state)
         if config.compile:
@@ -170,7 +174,12 @@ class Trainer:
         """Write `model/` and the checkpoint, each whole or not at all.
 
         In this order: a kill in between repeats some steps, and never leaves an old `model/` beside a finished run.
+        Raises FloatingPointError where the last step's gradient was not finite: a finite loss does not tell, the next
+        one would, and to look at every gradient would make the host wait for the GPU.
         """
+        norm, batch = self.taken
+        if self._any(not torch.isfinite(norm)):
+            self._diverged("gradient norm", norm, batch)
         state = {
             "model": gathered(self.model.state_dict()),
             "ema": gathered(self.ema.state_dict()),
@@ -262,7 +271,7 @@ class Trainer:
                     batch = self.stage.prepare(batch)
                     loss, terms = self.objective(batch, torch.Generator().manual_seed(seed))
                 if self._any(not torch.isfinite(loss)):
-                    self._diverged(loss, batch)
+                    self._diverged("loss", loss, batch)
                 (loss / c.accumulate).backward()
             if self.critic_optimizer:
                 with self._synchronised(self.critic_objective, part):
@@ -278,6 +287,7 @@ class Trainer:
             scheduler.step()
         self.ema.update_parameters(self.model)
         self.step += 1
+        self.taken = sums["grad_norm"], batch
         return sums
 
     def _fetch(self, loader, clock):
@@ -317,11 +327,11 @@ class Trainer:
         torch.distributed.all_reduce(flags, torch.distributed.ReduceOp.MAX)
         return bool(flags)
 
-    def _diverged(self, loss, batch):
+    def _diverged(self, what: str, value, batch):
         file = self.out / ("nan-batch.pt" if self.processes == 1 else f"nan-batch-{self.rank}.pt")
-        torch.save({"batch": _to(batch, "cpu"), "step": self.step, "loss": float(loss)}, file)
+        torch.save({"batch": _to(batch, "cpu"), "step": self.step, what: float(value)}, file)
         raise FloatingPointError(
-            f"{self.out}: loss is {float(loss)} at step {self.step}; its batch is in {file.name}, the checkpoint of"
+            f"{self.out}: {what} is {float(value)} at step {self.step}; its batch is in {file.name}, the checkpoint of"
             f" step {self.saved} is kept; lower lr and start again"
         )
 

@@ -95,6 +95,12 @@ def test_command_line(tmp_path, monkeypatch, capsys):
     report = json.loads(path.read_text())
     assert report["machine"]["versions"]["torch"] == torch.__version__ and len(report["rows"]) >= 3
     assert "euler_step toy" in capsys.readouterr().out
+    rows = report["rows"]
+    other = {"op": "other", "dtype": "bfloat16", "provider": "eager"}
+    path.write_text(json.dumps({"rows": [other, rows[0], {**rows[0], "dtype": "float32"}]}))
+    kernels.main(["--device", "cpu", "--no-compile", "--seconds", "0.01", "--add", "--out", str(path)])
+    again = json.loads(path.read_text())["rows"]
+    assert again[0] == other and again[1]["dtype"] == "float32" and len(again) == 2 + len(rows)
     with pytest.raises(SystemExit) as status:
         kernels.main(["--device", "cpu", "--ops", "nothing"])
     assert status.value.code == 2 and "no benchmark is called 'nothing'" in capsys.readouterr().err

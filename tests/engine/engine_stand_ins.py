@@ -72,10 +72,10 @@ class Recording(TorchDispatchMode):
 
 @contextmanager
 def fake():
-    """Tensors made inside are fake, and those of a GPU work in a build of PyTorch without CUDA too."""
+    """Tensors made inside are fake, and those of a GPU work without one too, in any build of PyTorch."""
     with ExitStack() as stack:
-        if not torch.backends.cuda.is_built():
-            # Methods that ask for a device's guard, which such a build lacks: the operations behind them.
+        if not torch.cuda.is_available():
+            # Methods that enter a device's guard, which asks CUDA for its device: the operations behind them.
             for name, method in UNGUARDED.items():
                 stack.enter_context(patch.object(FakeTensor, name, method, create=True))
             # By which tables of measured launches are found.

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import weakref
 
 import numpy as np
 import pytest
@@ -219,7 +220,7 @@ def test_new_weights_of_real_networks(pipe, photos, levels, randomized):
 
 def test_outputs_are_copies_unless_a_view_is_asked_for(photos):
     a, b = photos((8, 8)), photos((8, 8), seed=1)
-    with constant(noise_std=0.0).engine() as fast:
+    with constant(noise_std=0.0).engine(batch_size=1) as fast:
         kept = fast.restore(a, 1).posterior_means[0]
         before = kept.clone()
         view = fast.restore(a, 1, view=True).posterior_means[0]
@@ -228,6 +229,24 @@ def test_outputs_are_copies_unless_a_view_is_asked_for(photos):
         assert torch.equal(kept, before) and not torch.equal(view, before)
         with pytest.raises(ValueError, match="a view holds one batch, here 1 photos of one size, got 2"):
             fast.restore(a + b, 1, view=True)
+
+
+@pytest.mark.parametrize("mode", ["eager", "graph", "step"])
+def test_a_program_may_feed_the_static_buffers_itself(pipe, photos, mode):
+    images = torch.stack(photos((64, 64), (64, 64)))
+    with pipe.engine(batch_size=2, mode=mode, capturer=Tape()) as fast:
+        expected = fast.restore(images, STEPS, [3, 4])
+        plan = fast.plan(64, 64, 2, STEPS)
+        buffers = fast.buffers(plan)
+        for order in ([0, 1], [1, 0], [0, 1]):
+            buffers.pixels.copy_(images[order])
+            buffers.seeds.copy_(torch.tensor([3, 4])[order])
+            assert fast.replay(plan, STEPS) is buffers and buffers.finite.all()
+            for ours, theirs in ((buffers.images, expected.images), (buffers.means, expected.posterior_means)):
+                assert (ours.int() - theirs[order].int()).abs().max() <= 1
+        if mode != "step":
+            with pytest.raises(ValueError, match="this plan has 2 steps, got 3"):
+                fast.replay(plan, 3)
 
 
 def test_lists_come_back_as_lists_and_tensors_as_tensors(photos):
@@ -261,6 +280,40 @@ def test_constant_images_are_images(pipe):
         assert fast.restore(flat, STEPS).finite.all()
 
 
+def test_on_a_cpu_every_photo_runs_by_itself_side_by_side(photos):
+    """Batches of one in the networks, two at once; rows that only pad are not computed."""
+    seen, together = [], threading.Barrier(2, timeout=30)
+
+    class Alone(nn.Module):
+        def forward(self, y):
+            if not y.is_meta:  # no estimate
+                seen.append((len(y), torch.get_num_threads()))
+                if len(seen) in (1, 2):
+                    together.wait()
+            return y
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with PMRFPipeline(Alone(), Towards(), noise_std=0.0).engine(batch_size=4) as fast:
+            images = photos(*[(8, 8)] * 3)
+            result = fast.restore(images, 1)
+            assert all(torch.equal(a, b) for a, b in zip(result.posterior_means, images))
+            assert seen == [(1, 1)] * 3 and fast.plan(8, 8, 3).batch == 4
+            fast.restore(images[:1], 1)
+            assert seen[3:] == [(1, 2)]  # alone: all threads
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_results_are_ordinary_tensors(photos):
+    """Restored without gradients, but usable in a program that takes some."""
+    with constant().engine() as fast:
+        for result in (fast.restore(photos((8, 8)), 1), fast.submit(photos((8, 8)), 1).result(60)):
+            assert not any(t.is_inference() for t in (*result.images, *result.posterior_means, result.finite))
+
+
 # ---- memory
 
 
@@ -272,6 +325,8 @@ class Greedy(nn.Module):
         self.pixels, self.seen = pixels, []
 
     def forward(self, y):
+        if y.is_meta:  # an estimate
+            return y
         self.seen.append((len(y), *y.shape[-2:]))
         if len(y) * y.shape[-2] * y.shape[-1] > self.pixels:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
@@ -315,13 +370,31 @@ def test_tiles_of_a_real_network_have_no_visible_seams(pipe, photos):
     assert (whole - tiled).abs().mean() < 3
 
 
+def test_what_an_attempt_held_is_free_when_memory_is_given_back(photos, monkeypatch):
+    held, given = [], []
+    monkeypatch.setattr(engine, "give_back", lambda device: given.append([x() for x in held]))
+
+    class Full(nn.Module):
+        def forward(self, y):
+            if len(y) > 1 and not y.is_meta:
+                activation = y + 1
+                held.append(weakref.ref(activation))
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return y
+
+    with PMRFPipeline(Full(), Towards()).engine(batch_size=4, capturer=Tape()) as fast:
+        for call in (fast.restore, lambda *a: fast.submit(*a).result(60)):
+            assert (call(torch.stack(photos(*[(8, 8)] * 4)), 1).images == 64).all()
+    assert given[:2] == [[None], [None, None]]
+
+
 def test_a_photo_that_memory_does_not_hold_is_one_clear_error(photos):
     with PMRFPipeline(Greedy(10), Towards()).engine(batch_size=2) as fast:
         for call in (fast.restore, lambda *a: fast.submit(*a).result(60)):
             with pytest.raises(OutOfMemory, match="out of memory at 8x8 pixels; use a smaller picture") as caught:
                 call(photos((8, 8), (8, 8)), 1)
             assert "\n" not in str(caught.value)
-    with PMRFPipeline(Greedy(100), Towards()).engine(batch_size=4, deterministic=True) as fast:
+    with PMRFPipeline(Greedy(100), Towards()).engine(batch_size=4, deterministic=True, capturer=Tape()) as fast:
         with pytest.raises(OutOfMemory, match="8x8 pixels, 4 at once"):
             fast.restore(photos((8, 8)), 1)
 
@@ -387,9 +460,10 @@ def test_closing(photos):
     fast.close()
     assert future.result().finite.all()
     fast.close()
-    for call in (fast.restore, fast.submit):
+    plan, image = fast.plan(8, 8), photos((8, 8))
+    for call in (fast.restore, fast.submit, lambda *_: fast.warm_up(8, 8), lambda *_: fast.replay(plan)):
         with pytest.raises(RuntimeError, match="this engine is closed; make another one"):
-            call(photos((8, 8)), 1)
+            call(image, 1)
 
 
 # ---- unusable arguments

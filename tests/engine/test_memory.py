@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lpmrf_fast.engine.memory import MIN_TILE, Room, free_memory, is_out_of_memory, parse_bytes
+from lpmrf_fast.engine import memory
+from lpmrf_fast.engine.memory import (
+    MIN_TILE,
+    Room,
+    free_memory,
+    give_back,
+    is_out_of_memory,
+    keep_blocks,
+    parse_bytes,
+)
 from lpmrf_fast.engine.tiles import Box, blended, boxes, fill, tile_seed
 
 
@@ -31,6 +40,33 @@ def test_what_is_no_amount_of_memory(text):
 def test_free_memory_is_told_where_it_can_be():
     free = free_memory(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
+
+
+def test_a_containers_limit_counts(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    free = free_memory(torch.device("cpu"))
+    if free is None:
+        pytest.skip("no /proc/meminfo")
+    for limit, used, expected in (("3000000", "1000000", 2_000_000), ("1000", "2000", 0), ("max", "5", None)):
+        (tmp_path / "memory.max").write_text(f"{limit}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        found = free_memory(torch.device("cpu"))
+        assert found == expected if expected is not None else found > 2_000_000
+
+
+def test_large_blocks_are_used_again():
+    """Every page of a new block is a page fault when it is first written; by default it is a new one every time."""
+    resource = pytest.importorskip("resource")
+    if not keep_blocks():
+        pytest.skip("another allocator than glibc's")
+
+    def faults():
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        torch.empty(48 * 2**20, dtype=torch.uint8).fill_(1)
+        return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+    assert min(faults() for _ in range(8)) < 48 * 2**20 / resource.getpagesize() / 100
+    give_back(torch.device("cpu"))
 
 
 def test_what_counts_as_out_of_memory():

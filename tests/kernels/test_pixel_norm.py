@@ -97,6 +97,8 @@ def check_gradients(name, tensors, assert_error_within, g_layout="contiguous"):
         if x.numel():
             # A parameter has few elements, where the baseline may be exact by luck: four roundings, not one.
             floor = torch.finfo(out.dtype).eps * e.abs().max().item() * (1 if t.dim() == 4 else 4)
+            if x.shape[1] == 1:  # the exact gradient of one channel is 0: what is left is rounding, times 1 / sqrt(eps)
+                floor = 1e-6
             assert_error_within(out, e, base, 2.0, floor)
     assert actual[0].stride() == torch.empty_like(x).stride()
 

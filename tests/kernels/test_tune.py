@@ -90,6 +90,16 @@ def test_candidates_fit_the_kernels(interpreted):
         "to_uint8": (torch.rand(2, 3, 5, 7), 0.0, 1.0, "channels_last"),
         "from_uint8": (torch.ones(2, 3, 5, 7, dtype=torch.uint8), 0.0, 1.0, torch.float32, "channels_last"),
     }
+    x = torch.randn(2, 5, 6, 8).permute(0, 3, 1, 2).requires_grad_()  # channels-last, as tables are measured
+    vector, rows = torch.randn(8), torch.randn(2, 8)
+    small |= {
+        "group_norm_silu": (x, 4, vector, vector, 1e-6, "silu"),
+        "layer_norm_2d": (x, None, vector, vector, 1e-6),
+        "rms_norm_2d": (x, None, vector, None, 1e-6),
+        "ada_rms_norm_2d": (x, None, rows, None, 1e-6),
+        "bias_silu": (x, vector),
+        "bias_residual": (x, vector, x),
+    }
     seen = set()
     for name, arguments in small.items():
         call = tune._caller(name, arguments)

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import types
 from pathlib import Path
 
 import numpy as np
@@ -281,6 +282,23 @@ def test_a_loss_that_is_not_a_number_leaves_its_batch(folder, tmp_path):
     assert saved["step"] == 3 and saved["batch"].shape == (4, 3, 16, 16)
 
 
+def test_weights_of_a_gradient_that_is_not_a_number_are_never_saved(folder, tmp_path):
+    trainer = Trainer("vae", config(folder, tmp_path))
+    honest = trainer.stage.loss
+
+    def poisoned(*args):
+        loss, terms = honest(*args)
+        weight = trainer.model.decoder.conv_out.weight
+        return loss + ((weight.sum() * 0).sqrt() if trainer.step == 3 else 0), terms  # 0, its slope 0 · inf
+
+    trainer.stage.loss = poisoned
+    with pytest.raises(FloatingPointError, match="gradient norm is nan at step 4; .* step 2 is kept"):
+        trainer.fit()
+    assert "gradient norm" in torch.load(tmp_path / "nan-batch.pt", weights_only=True)
+    resumed = Trainer("vae", config(folder, tmp_path))
+    assert resumed.step == 2 and all(p.isfinite().all() for p in resumed.model.parameters())
+
+
 def test_a_dead_worker_is_a_clear_error(folder, tmp_path, monkeypatch):
     from lpmrf_fast.training.data import Faces
 
@@ -444,6 +462,26 @@ def test_a_tracker_that_is_not_there(folder, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ImportError, match="pip install wandb"):
         Trainer("vae", config(folder, tmp_path, tracker="wandb"))
+
+
+def test_wandb_gets_numbers_and_pictures_and_goes_on_with_its_run(folder, tmp_path, monkeypatch):
+    calls = []
+
+    class Run:
+        def log(self, values, step):
+            calls.append((step, sorted(values)))
+
+        def finish(self):
+            calls.append("finish")
+
+    def init(**options):
+        calls.append((options["id"], options["resume"], options["config"]["lr"]))
+        return Run()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init, Image=lambda pixels: pixels.shape))
+    Trainer("vae", config(folder, tmp_path, steps=2, val=str(folder), val_every=2, tracker="wandb")).fit()
+    assert calls[0] == (tmp_path.name, "allow", 2e-3) and calls[-1] == "finish"
+    assert (2, ["val"]) in calls and any(step == 2 and "val_psnr" in names for step, names in calls[1:-1])
 
 
 def test_compiled_parts_keep_their_names(folder, tmp_path, monkeypatch):
