@@ -228,7 +228,7 @@ def difference(a: Tensor, b: Tensor) -> dict:
     error = d.square().mean().item()
     return {
         "levels": int(d.abs().max()),
-        "psnr_of_naive": round(10 * math.log10(255**2 / error), 2) if error else math.inf,
+        "psnr_of_naive": round(10 * math.log10(255**2 / error), 2) if error else None,
     }
 
 
@@ -470,7 +470,7 @@ def table(rows: list[dict]) -> str:
             text += f"{'':21}"
         if "images_per_s" in row:
             text += f"{row['images_per_s']:10.2f}{row.get('speed_of_naive', ''):>9}"
-            text += f"{row.get('psnr_of_naive', ''):>7}{row.get('levels', ''):>7}"
+            text += f"{row.get('psnr_of_naive') or '':>7}{row.get('levels', ''):>7}"
         if "idle_share" in row:
             text += f"  idle {row['idle_share']:.0%}"
         if "cold_start_seconds" in row:
@@ -479,7 +479,9 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
-def run(device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS, rows=()) -> dict:
+def run(
+    device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS, rows=()
+) -> dict:
     """The report: machine and rows, written to `out` as they come, behind those of earlier runs."""
     started, rows, cuda = time.time(), list(rows), device.startswith("cuda")
     number = 1 + max((row["run"] for row in rows), default=0)
