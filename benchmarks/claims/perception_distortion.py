@@ -157,7 +157,9 @@ def main(argv=None) -> None:
         " been trained for the other noises. It does not show what flows that are trained for each noise do, nor a"
         " learned measure such as FID; so few faces give distances higher than many would."
     )
-    study.write(args, "perception_distortion", caption, table=table, reference=reference, rows=rows)
+    study.write(
+        args, "perception_distortion", caption, weights=known["model"], table=table, reference=reference, rows=rows
+    )
     plot(args, reference, lines)
 
 

@@ -347,9 +347,7 @@ def fingerprint(pipe) -> str:
 
 def write(args, name: str, caption: str, **results) -> None:
     """OUT/NAME.json: what was found, what was run on what, and the caption."""
-    settings = {
-        k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in ("train", "val", "out")
-    }
+    settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k not in FOLDERS}
     device = "cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu"
     report = {"caption": caption, **results, "settings": settings, "machine": machine.describe(device)}
     args.out.mkdir(parents=True, exist_ok=True)

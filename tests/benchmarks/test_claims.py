@@ -191,6 +191,7 @@ def test_perception_distortion(faces, tmp_path, pipe, capsys):
         "0.5",
     }
     assert len(report["table"]["source noise"]["0"]["swd"]["values"]) == 1
+    assert str(tmp_path / "lq") not in json.dumps(report)
     assert len(report["table"]["source noise"]["0.5"]["swd"]["values"]) == 2
     assert report["reference"]["degraded"]["psnr"] > 100  # they are the originals
     assert capsys.readouterr().out.count("ETA") == 7
