@@ -122,7 +122,7 @@ def test_convergence(faces, out, capsys):
         seconds = [row["seconds"] for row in run]
         assert seconds == sorted(seconds) and seconds[-1] > 0
     ends = {name: report["rows"][name][0][-1]["tflop"] for name in report["rows"]}
-    assert ends["PMRF"] / ends["Latent-PMRF"] == pytest.approx(1.5, rel=0.3)
+    assert ends["PMRF"] / ends["Latent-PMRF"] == pytest.approx(1.5, rel=0.4)  # whole steps, of which there are few
     # Again: nothing is trained, and nothing changes.
     before = {p: p.stat().st_mtime_ns for p in out.rglob("checkpoint-*.pt")}
     convergence.main([*words(faces, out, 2), "--pixel-budget", "1.5"])
