@@ -699,7 +699,7 @@ def attention(
     if k.device != q.device or v.device != q.device:
         raise ValueError(f"attention: q, k and v must be on one device, got {q.device}, {k.device} and {v.device}")
     scale = q.shape[3] ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"attention: scale must be finite, got {scale}")
     if cos is not None or sin is not None:
         q, k = (_rotated(t, cos, sin) for t in (q, k))

@@ -627,6 +627,6 @@ def neighborhood_attention_2d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int,
     if kernel_size > min(H, W):
         raise ValueError(f"{op}: kernel_size {kernel_size} is larger than the {H}x{W} map; use a larger image")
     scale = D**-0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"{op}: scale must be finite, got {scale}")
     return torch.ops.lpmrf.neighborhood_attention_2d(q, k, v, kernel_size, scale)[0]

@@ -265,7 +265,7 @@ def _check(x, norm_weight, eps, weight, bias, z, patch) -> None:
     for name, (t, shape) in expected.items():
         if t is not None and t.shape != shape:
             raise ValueError(f"output_euler: {name} must be {shape}, got {tuple(t.shape)}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"output_euler: eps must be finite and at least 0, got {eps}")
 
 

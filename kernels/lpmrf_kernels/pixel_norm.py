@@ -526,7 +526,7 @@ def check(op: str, x: Tensor, residual: Tensor | None, eps: float, **parameters:
         raise TypeError(f"{op}: x must be a tensor of a float dtype, got {getattr(x, 'dtype', type(x).__name__)}")
     if x.dim() != 4:
         raise ValueError(f"{op}: x must be (B, C, H, W), got the shape {tuple(x.shape)}")
-    if not (math.isfinite(eps) and eps >= 0):
+    if not 0 <= eps < math.inf:
         raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
     B, C = x.shape[:2]
     for name, (p, dims) in parameters.items():

@@ -294,7 +294,7 @@ def _check(name: str, x: Tensor, low: float, high: float) -> None:
         raise ValueError(
             f"{name}: x must be (B, C, H, W), got the shape {tuple(x.shape)}; x[None], or permute an (H, W, 3) photo"
         )
-    if not (math.isfinite(low) and math.isfinite(high) and low < high):
+    if not -math.inf < low < high < math.inf:
         raise ValueError(f"{name}: value_range must be finite and increase, got ({low}, {high}); use (0, 1) or (-1, 1)")
 
 

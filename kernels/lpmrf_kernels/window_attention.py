@@ -429,6 +429,6 @@ def window_attention(x: Tensor, bias: Tensor, window_size: int, shift: int = 0, 
     if bias.device != x.device:
         raise ValueError(f"window_attention: x and bias must be on one device, got {x.device} and {bias.device}")
     scale = (x.shape[3] // 3 // bias.shape[0]) ** -0.5 if scale is None else float(scale)
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"window_attention: scale must be finite, got {scale}")
     return torch.ops.lpmrf.window_attention(x, bias, window_size, shift, scale)
