@@ -11,10 +11,8 @@ from PIL import Image
 pytest.importorskip("cv2")
 pytest.importorskip("yaml")
 pytest.importorskip("accelerate")
-from benchmarks.claims import convergence, cost, perception_distortion, sources, study, vae
+from benchmarks.claims import convergence, perception_distortion, sources, study, vae
 from lpmrf_fast.evaluation import psnr
-from lpmrf_fast.models import PRESETS, HDiT
-from lpmrf_fast.pipeline import PMRFPipeline
 
 
 def rows(*distances, tflop=1.0):
@@ -206,27 +204,3 @@ def test_restored_faces_are_the_pipelines(faces, pipe):
     with torch.no_grad():
         found = perception_distortion.restored(pipe, [pipe.encode(mean)], 3, pipe.noise_std, 1)
     assert psnr(found, whole).item() > 80
-
-
-def test_cost(tmp_path, monkeypatch, pipe):
-    twin = PMRFPipeline(pipe.posterior_mean, HDiT(**{**PRESETS["hdit-s"][1], "widths": [32, 64], **HDIT}))
-    monkeypatch.setattr(cost, "pipelines", lambda *a: {"Latent-PMRF": pipe, "PMRF": twin})
-    words = ["--out", str(tmp_path), "--size", "128", "--clocked-size", "64", "--times", "1", "--steps", "4"]
-    cost.main([*words, "--device", "cpu", "--dtype", "fp32"])
-    report = json.loads((tmp_path / "cost.json").read_text())
-    latent, pixel = (report["counted"][name] for name in ("Latent-PMRF", "PMRF"))
-    assert report["gflop_a_step"]["PMRF"] == pixel["stages"]["velocity, 4 steps"]["gflop"] / 4
-    assert latent["stages"]["posterior mean"] == pixel["stages"]["posterior mean"]
-    assert latent["stages"]["decode"]["gflop"] > 0 == pixel["stages"]["decode"]["gflop"]
-    s = report["seconds"]
-    found = s["posterior mean"] + 4 * s["Latent-PMRF: a step"] + s["encode"] + s["decode"]
-    assert report["seconds_an_image"]["Latent-PMRF"] == pytest.approx(found, abs=1e-3)
-    assert "does not show" in report["caption"]
-
-
-HDIT = {
-    "depths": [1, 1],
-    "mapping_width": 32,
-    "dropout_rate": [0, 0],
-    "self_attns": [{"type": "neighborhood", "d_head": 16, "kernel_size": 3}, {"type": "global", "d_head": 16}],
-}
