@@ -31,8 +31,8 @@ def runs(s: study.Study) -> dict[str, list[list[dict]]]:
 
 
 def at_budget(rows: list[dict], tflop: float) -> dict:
-    """The last row within the compute."""
-    return [row for row in rows if row["tflop"] <= 1.02 * tflop][-1]
+    """The row nearest to the compute: runs are whole steps."""
+    return min(rows, key=lambda row: abs(row["tflop"] - tflop))
 
 
 def plot(args, last: dict[str, list[dict]]) -> None:

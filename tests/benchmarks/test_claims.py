@@ -132,7 +132,8 @@ def test_sources(faces, out):
     sources.main([*words(faces, out, 1), "--pixel-budget", "1.5"])
     report = json.loads((out / "sources.json").read_text())
     assert len(report["table"]) == 6 and all(len(e["swd"]["values"]) == 1 for e in report["table"].values())
-    latent = json.loads((out / "convergence.json").read_text())["rows"]["Latent-PMRF"][0][-1]
+    latent = json.loads((out / "convergence.json").read_text())["rows"]["Latent-PMRF"][0]
+    latent = sources.at_budget(latent, 0.0007)  # the short run of this file has whole steps only
     assert report["table"]["Latent-PMRF"]["swd"]["values"][0] == pytest.approx(latent["swd"], abs=1e-3)
 
 
