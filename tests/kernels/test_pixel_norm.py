@@ -72,7 +72,7 @@ def check_values(name, tensors, assert_error_within):
         assert out.dtype == x.dtype and out.shape == x.shape and out.device == x.device
         assert out.stride() == torch.empty_like(x).stride()
         if x.numel():
-            assert_error_within(out, e, base, 2.0, 2 * torch.finfo(x.dtype).eps * e.abs().max().item())
+            assert_error_within(out, e, base, 2.0, torch.finfo(x.dtype).eps * e.abs().max().item())
 
 
 def gradients(name, module, tensors, seeds):
@@ -95,9 +95,9 @@ def check_gradients(name, tensors, assert_error_within, g_layout="contiguous"):
     for t, out, e, base in zip([t for t in tensors if t is not None], actual, exact, baseline, strict=True):
         assert out.dtype == t.dtype and out.shape == t.shape
         if x.numel():
-            # Two roundings, because the baseline's error depends on its number of threads. A parameter has few
-            # elements, where it may be exact by luck: four.
-            floor = torch.finfo(out.dtype).eps * e.abs().max().item() * (2 if t.dim() == 4 else 4)
+            # A parameter has few elements, where the baseline may be exact by luck, another one with every number of
+            # threads: eight roundings, not one.
+            floor = torch.finfo(out.dtype).eps * e.abs().max().item() * (1 if t.dim() == 4 else 8)
             if x.shape[1] == 1:  # the exact gradient of one channel is near 0: what is left is rounding / sqrt(eps)
                 floor = max(floor, 1e-6)
             assert_error_within(out, e, base, 2.0, floor)
