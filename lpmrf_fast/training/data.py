@@ -1,6 +1,7 @@
 """Clean faces of folders and tar shards, degraded on the fly. Sample n is the same in any process, order or restart."""
 
 import io
+import os
 import signal
 import sys
 import tarfile
@@ -245,7 +246,7 @@ def _collate(items: list):
 
 
 def _start_worker(_):
-    # Job managers send it to every process of a job: the trainer still has a step to finish and save, then its workers
-    # end as at the end of an epoch. They also end when it dies.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # Out of the trainer's process group: a SIGTERM to that must not end the workers before the trainer has saved.
+    os.setpgid(0, 0)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the trainer's own handler would keep a worker alive
     torch.set_num_threads(1)
