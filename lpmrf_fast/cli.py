@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
         expected = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
         kind = "" if expected and str(error) else f"{type(error).__name__}: "
         complain(f"{kind}{error}" + ("" if expected else " (LPMRF_DEBUG=1 shows where)"))
-        return 1
+        return getattr(error, "exit_status", 1)  # 2 of errors that say that an argument is to blame
 
 
 def complain(message: str) -> None:
@@ -46,9 +46,11 @@ def complain(message: str) -> None:
 
 
 def restore(args) -> int:
+    from .devices import default_device, default_dtype
     from .pipeline import Pipeline
     from .restore import restore_files
 
+    default_dtype(args.dtype, default_device(args.device))  # refused at once, not where the first photo needs them
     report = restore_files(
         args.sources,
         args.output,

@@ -24,9 +24,9 @@ from .region import Buffers, Region
 WORKSPACE = {"cpu": 2.5, "other": 1.15}
 """Memory is taken to be this much more than counted: libraries' work space, and blocks that do not fit together.
 
-On a CPU a process was measured to take 1.4 to 2.5 times as much, with `memory.keep_blocks` and small and full-size networks,
-while the sum of its tensors was as counted: glibc before 2.38 hardly ever finds an aligned block among freed ones of its
-size. On GPUs not measured yet.
+On a CPU a process was measured to take 1.4 to 2.5 times as much, with `memory.keep_blocks`, small and full-size
+networks, while the sum of its tensors was as counted: glibc 2.36 hardly ever finds an aligned block among freed ones of
+its size. On GPUs not measured yet.
 """
 
 

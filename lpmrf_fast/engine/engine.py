@@ -192,8 +192,8 @@ class Engine:
         """Queue a batch in the CPU's memory for the engine's own thread; results are in the CPU's memory too.
 
         While one batch runs, the next is copied in and the last is copied out. Waits while the queue is full. Arguments
-        as for `restore`, errors of the restoration are the future's. Its callbacks run in the engine's thread, which must
-        not wait for itself: there, `submit` raises RuntimeError while the queue is full, and `close` does always.
+        as for `restore`, errors of the restoration are the future's. Its callbacks run in the engine's thread, which
+        must not wait for itself: there, `submit` raises RuntimeError while the queue is full, and `close` always.
         """
         job = self._job(images, num_inference_steps, seeds)
         if any(photo.device.type != "cpu" for photo, _ in job.rows):
@@ -476,8 +476,8 @@ class Engine:
         if self.max_memory and height * width > room.pixels:
             need, given = self.weight_bytes + height * width * room.bytes_per_pixel, self.max_memory
             raise OutOfMemory(
-                f"max_memory: {width}x{height} pixels take about {need / 1e6:,.0f} MB with the networks, {given / 1e6:,.0f}"
-                " MB are given; give more, or a smaller picture"
+                f"max_memory: {width}x{height} pixels take about {need / 1e6:,.0f} MB with the networks,"
+                f" {given / 1e6:,.0f} MB are given; give more, or a smaller picture"
             )
 
     def _retreat(self, plan: Plan | None, error: Exception) -> str:

@@ -249,9 +249,9 @@ class Worker:
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """Queue a job; waits while as many as may wait do so. In the worker's own thread it raises RuntimeError instead."""
+        """Queue a job; waits while as many as may wait do so, or raises RuntimeError in the worker's own thread."""
         if not self._room.acquire(blocking=not self.here()):
-            raise RuntimeError("the queue is full, and a future's callback cannot wait for it; submit in another thread")
+            raise RuntimeError("the queue is full, and a future's callback cannot wait; submit in another thread")
         with self._lock:  # nothing may follow the end mark
             if self._closed:
                 self._room.release()

@@ -33,6 +33,9 @@ CHOICES = {
 class ConfigError(ValueError):
     """A training configuration that cannot be used; the message names the key and the way out."""
 
+    exit_status = 2
+    """Of the command line: an argument that cannot be used."""
+
 
 @dataclass(frozen=True)
 class TrainConfig:
