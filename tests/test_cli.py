@@ -304,10 +304,15 @@ def test_help_is_fast_because_it_imports_no_torch():
 
 def test_thread_and_page_settings_are_made_before_torch_unless_set():
     code = "import os, sys; from lpmrf_fast import cli\n"
-    code += "cli.doctor = lambda args: print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])\n"
-    code += "cli.main(['doctor'])"
-    assert command(code=code).stdout == "False passive\n"
-    assert command(code=code, OMP_WAIT_POLICY="active").stdout == "False active\n"
+    code += "names = 'THP_MEM_ALLOC_ENABLE', 'OMP_WAIT_POLICY'\n"
+    code += "show = lambda: print('torch' in sys.modules, *map(os.environ.get, names))\n"
+    code += "cli.train, cli.doctor = lambda args: show(), lambda args: show()\n"
+    code += "cli.main(sys.argv[1:])"
+    training = ("train", "vae", "--config", "demo-vae")
+    assert command("doctor", code=code).stdout == "False 1 None\n"
+    assert command(*training, code=code).stdout == "False 1 passive\n"
+    assert command(*training, code=code, OMP_WAIT_POLICY="active").stdout == "False 1 active\n"
+    assert command("doctor", code=code, THP_MEM_ALLOC_ENABLE="0").stdout == "False 0 None\n"
 
 
 def test_version(run):
