@@ -44,7 +44,7 @@ def test_a_failing_part_does_not_stop_the_others(tmp_path):
 def test_what_a_part_has_started_ends_with_it(tmp_path):
     code = "import subprocess, sys, time; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
     code += "; open(r'{out}/pid', 'w').write(str(p.pid)); time.sleep(60)"
-    (row,) = gpu_suite.run([part("parent", code, 0.1)], tmp_path, 1, {}, log=lambda line: None)
+    (row,) = gpu_suite.run([part("parent", code, 0.1)], tmp_path, 0.1, {}, log=lambda line: None)
     assert row["status"] == "out of time"
     pid = (tmp_path / "pid").read_text()
     for _ in range(100):
@@ -84,7 +84,7 @@ ROW = {"part": "x", "status": "ok", "seconds": 0.0, "last_line": ""}
 
 def test_what_was_written_before_the_time_was_up_counts(tmp_path):
     code = "import time; open(r'{out}/slow.json', 'w').write('[1, 2]'); time.sleep(60)"
-    (row,) = gpu_suite.run([part("slow", code, 0.05)], tmp_path, 1, {}, log=lambda line: None)
+    (row,) = gpu_suite.run([part("slow", code, 0.05)], tmp_path, 0.05, {}, log=lambda line: None)
     assert row["status"] == "out of time" and row["results"] == [1, 2]
     (row,) = gpu_suite.run([part("slow", "", 0.05)], tmp_path, 1, {}, log=lambda line: None)
     assert "results" not in row and "FileNotFoundError" in row["no_results"]  # those of another time do not
