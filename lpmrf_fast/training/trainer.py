@@ -222,17 +222,17 @@ class Trainer:
         validation = self.stage.validation() if self.rank == 0 or self.sharded else None
         self.saved = self.step
         clock = _Clock(self.step)
-        with self._sigterm():
-            loader = iter(
-                batches(
-                    data,
-                    c.batch_size,
-                    c.workers,
-                    self.step,
-                    share=(self.rank, self.processes, c.accumulate),
-                    pin_memory=self.device.type == "cuda",
-                )
+        loader = iter(
+            batches(
+                data,
+                c.batch_size,
+                c.workers,
+                self.step,
+                share=(self.rank, self.processes, c.accumulate),
+                pin_memory=self.device.type == "cuda",
             )
+        )
+        with self._signals():
             while self.step < c.steps:
                 terms = self._step(loader, clock)
                 clock.add(terms)
@@ -338,8 +338,9 @@ class Trainer:
     # ---- stopping
 
     @contextlib.contextmanager
-    def _sigterm(self):
-        """SIGTERM only raises a flag meanwhile: the step, and a save that is under way, come to their end."""
+    def _signals(self):
+        """Nothing interrupts a step or a save: SIGTERM only raises a flag meanwhile, and the death of a data worker, for
+        which the loader's own handler would raise anywhere, is seen where the next batch is fetched."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -347,11 +348,13 @@ class Trainer:
         def flag(*_):
             self.stopping = True
 
-        before = signal.signal(signal.SIGTERM, flag)
+        handlers = {signal.SIGTERM: flag, signal.SIGCHLD: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _stop(self):
         if self.saved != self.step:

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
@@ -299,12 +300,23 @@ def test_weights_of_a_gradient_that_is_not_a_number_are_never_saved(folder, tmp_
     assert resumed.step == 2 and all(p.isfinite().all() for p in resumed.model.parameters())
 
 
-def test_a_dead_worker_is_a_clear_error(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seen", ["while a batch is fetched", "in the middle of a step"])
+def test_a_dead_worker_is_a_clear_error(folder, tmp_path, monkeypatch, seen):
     from lpmrf_fast.training.data import Faces
 
     honest = Faces.__getitem__
     monkeypatch.setattr(Faces, "__getitem__", lambda self, n: os._exit(9) if n == 9 else honest(self, n))
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     trainer = Trainer("vae", config(folder, tmp_path, workers=1))
+    if seen == "in the middle of a step":
+        prepare = trainer.stage.prepare
+
+        def slowly(batch):
+            for worker in multiprocessing.active_children():
+                worker.join(60)
+            return prepare(batch)
+
+        monkeypatch.setattr(trainer.stage, "prepare", slowly)
     with pytest.raises(RuntimeError, match="a data worker died .*fewer `workers`.* goes on from step"):
         trainer.fit()
 
