@@ -70,7 +70,7 @@ def row(name: str, device: str, batch: int, size: int, dtype: str, layout: str, 
         report = accelerate(network)
         changed = {module: type(module) for module in network.modules() if hasattr(type(module), "_original_class")}
         error = ((fused() - expected).abs().max() / expected.abs().max()).item()
-        times = {name: times for name, times in time_all({"own": own, "fused": fused}, device, seconds).items()}
+        times = time_all({"own": own, "fused": fused}, device, seconds)
     medians = {side: quantile(times[side], 0.5) for side in times}
     return {
         "model": name,
@@ -102,8 +102,9 @@ def main(argv=None) -> int:
             for layout in args.layouts:
                 rows.append(row(name, args.device, args.batch, args.size, dtype, layout, args.seconds))
                 r = rows[-1]
+                own, fused = r["seconds"].values()
                 print(
-                    f"{name:20} {dtype} {layout:14} own {r['seconds']['own']:.3f} s, fused {r['seconds']['fused']:.3f} s:"
+                    f"{name:20} {dtype} {layout:14} own {own:.3f} s, fused {fused:.3f} s:"
                     f" {r['speedup']:.2f} times as fast, difference {r['difference']:.0e}",
                     flush=True,
                 )

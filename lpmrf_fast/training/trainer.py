@@ -339,7 +339,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def _signals(self):
-        """Nothing interrupts a step or a save: SIGTERM only raises a flag meanwhile, and the death of a data worker, for
+        """Nothing interrupts a step or a save: SIGTERM only raises a flag meanwhile, and a data worker's death, for
         which the loader's own handler would raise anywhere, is seen where the next batch is fetched."""
         if threading.current_thread() is not threading.main_thread():
             yield
