@@ -298,10 +298,11 @@ class Trainer:
         except Exception as error:
             if self.stopping:  # the signal went to the workers as well
                 self._stop()
-            said = str(error).strip().splitlines()
+            said = str(error).strip().splitlines() or [type(error).__name__]
             if "in DataLoader worker process" in str(error):
                 raise RuntimeError(f"{self.out}: a data worker failed: {said[-1]}") from error
-            if "DataLoader worker" in str(error):
+            # What a worker raises comes with its name; a broken connection is all that is left of one that died sending.
+            if "DataLoader worker" in str(error) or (self.config.workers and isinstance(error, (EOFError, OSError))):
                 raise RuntimeError(
                     f"{self.out}: a data worker died ({said[0]}); where memory ran out, fewer `workers` help; the same"
                     f" command goes on from step {self.saved}"
