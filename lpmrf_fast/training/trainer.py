@@ -301,7 +301,7 @@ class Trainer:
             said = str(error).strip().splitlines() or [type(error).__name__]
             if "in DataLoader worker process" in str(error):
                 raise RuntimeError(f"{self.out}: a data worker failed: {said[-1]}") from error
-            # What a worker raises comes with its name; a broken connection is all that is left of one that died sending.
+            # What a worker raises comes with its name; of one that died while it sent, a broken connection is left.
             if "DataLoader worker" in str(error) or (self.config.workers and isinstance(error, (EOFError, OSError))):
                 raise RuntimeError(
                     f"{self.out}: a data worker died ({said[0]}); where memory ran out, fewer `workers` help; the same"
