@@ -14,7 +14,7 @@ from lpmrf_kernels import from_uint8
 
 from .. import flow, models
 from ..checkpoint import load_model
-from ..models import SwinIR
+from ..models import AutoencoderKL, HDiT, LooUFormer, SimVAE, SwinIR
 from ..perceptual import LPIPS
 from .cache import LatentCache
 from .config import ConfigError, TrainConfig
@@ -36,11 +36,18 @@ def unit(x: Tensor) -> Tensor:
     return from_uint8(x, memory_format=torch.channels_last)
 
 
+def normal(like: Tensor, generator: torch.Generator) -> Tensor:
+    """Standard normal noise of a tensor's shape, drawn where the generator lives: the trainer's on the run's device."""
+    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+
+
 class Stage:
     """What the trainer asks of a stage. `model` is the trained network; frozen ones live beside it."""
 
     critic: nn.Module | None = None
     """A second network that judges the first while both train; `critic_loss` is its objective."""
+    trains: tuple[type, ...]
+    """What the network may be; the first is meant where the settings name none."""
     degrades = True
     """Whether batches are (clean, degraded) pairs or clean images alone."""
     share = (0, 1)
@@ -51,10 +58,19 @@ class Stage:
         self.model = self._model().to(device, memory_format=torch.channels_last)
 
     def _model(self) -> nn.Module:
-        if self.config.init:
-            return load_model(self.config.init).float()
+        model = load_model(self.config.init).float() if self.config.init else self._new_model()
+        self._check("init" if self.config.init else "model", model, self.trains)
+        return model
+
+    @staticmethod
+    def _check(key: str, network: nn.Module, classes: tuple) -> None:
+        if not isinstance(network, classes):
+            names = " or ".join(c.__name__ for c in classes)
+            raise ConfigError(f"{key}: expected a network of the class {names}, got {type(network).__name__}")
+
+    def _new_model(self) -> nn.Module:
         options = dict(self.config.model)
-        preset, cls = options.pop("preset", None), options.pop("class", self.default)
+        preset, cls = options.pop("preset", None), options.pop("class", self.trains[0].__name__)
         if cls not in CLASSES:
             raise ConfigError(f"model.class must be one of {', '.join(CLASSES)}, got {cls!r}")
         try:
@@ -118,7 +134,7 @@ class Stage:
 class VAEStage(Stage):
     """L1 + kl_weight · KL + perceptual_weight · VGG19 distance (Sim-VAE's objective); on wish LPIPS, a patch critic."""
 
-    default, degrades = "SimVAE", False
+    trains, degrades = (SimVAE, AutoencoderKL), False
 
     def __init__(self, config, device):
         super().__init__(config, device)
@@ -133,11 +149,10 @@ class VAEStage(Stage):
         x = self._recoloured(unit(batch), generator) * 2 - 1
         mean, logvar = self.model.encode(x).float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
-        z = mean + noise * (logvar / 2).exp()
+        z = mean + normal(mean, generator) * (logvar / 2).exp()
         if c.latent_noise:
-            share = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator).to(z)
-            z = z + share * mean.detach().std() * torch.randn(z.shape, generator=generator).to(z)
+            share = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator, device=generator.device).to(z)
+            z = z + share * mean.detach().std() * normal(z, generator)
         y = self.model.decode(z).float()
         terms = {"l1": F.l1_loss(y, x), "kl": kl_divergence(mean, logvar)}
         total = terms["l1"] + c.kl_weight * terms["kl"]
@@ -167,9 +182,12 @@ class VAEStage(Stage):
     def _recoloured(self, x: Tensor, generator) -> Tensor:
         """Some images with their colour channels in another order: portraits have few greens, and a VAE that has not
         seen a colour turns it into another."""
-        chosen = torch.rand(len(x), generator=generator) < self.config.recolour
-        orders = [torch.randperm(3, generator=generator) if c else torch.arange(3) for c in chosen]
-        order = torch.stack(orders).to(x.device)[:, :, None, None].expand(x.shape)
+        if not self.config.recolour:
+            return x
+        drawn = torch.rand(len(x), 4, generator=generator, device=generator.device).to(x)
+        kept = torch.arange(3, device=x.device).expand(len(x), 3)
+        order = torch.where(drawn[:, :1] < self.config.recolour, drawn[:, 1:].argsort(1), kept)
+        order = order[:, :, None, None].expand(x.shape)
         return x.gather(1, order).contiguous(memory_format=torch.channels_last)
 
     def judge(self, model, clean, degraded):
@@ -198,7 +216,7 @@ class PosteriorMeanStage(Stage):
     little around what its degradation allows: the minimiser stays close to the posterior mean.
     """
 
-    default = "SwinIR"
+    trains = (SwinIR, LooUFormer, HDiT)
 
     def _model(self):
         model = super()._model()
@@ -227,7 +245,7 @@ class FlowStage(Stage):
     asked for, holds start and target of `cache` degradations of every face and of its mirror image.
     """
 
-    default = "LooUFormer"
+    trains = (LooUFormer, HDiT)
 
     def __init__(self, config, device):
         super().__init__(config, device)
@@ -236,8 +254,8 @@ class FlowStage(Stage):
         if self.starts_from == "posterior-mean":
             if config.posterior_mean is None:
                 raise ConfigError("flow: posterior_mean must name the checkpoint of the posterior-mean network")
-            self.posterior_mean = self._frozen(config.posterior_mean)
-        self.vae = self._frozen(config.vae) if config.vae else None
+            self.posterior_mean = self._frozen("posterior_mean", PosteriorMeanStage.trains)
+        self.vae = self._frozen("vae", VAEStage.trains) if config.vae else None
         if config.crop is not None:
             raise ConfigError("flow: crop must be left out, faces are trained whole")
         self.shift, self.scale = 0.0, 1.0
@@ -245,8 +263,9 @@ class FlowStage(Stage):
             self.shift = self.vae.config.get("shift_factor") or 0.0
             self.scale = self.vae.config.get("scaling_factor") or 1.0
 
-    def _frozen(self, checkpoint):
-        model = load_model(checkpoint).float().eval().requires_grad_(False)
+    def _frozen(self, key: str, classes: tuple) -> nn.Module:
+        model = load_model(getattr(self.config, key)).float().eval().requires_grad_(False)
+        self._check(key, model, classes)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def dataset(self, samples):
@@ -274,7 +293,7 @@ class FlowStage(Stage):
         return self.encode(self.first_guess(unit(degraded))), self.encode(unit(clean))
 
     def source(self, start: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(start.shape, generator=generator).to(start)
+        noise = normal(start, generator)
         return noise if self.config.source == "noise" else start + self.config.noise_std * noise
 
     def velocity(self, model, start: Tensor):

@@ -58,7 +58,16 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def start_accelerator(device: str) -> tuple[Accelerator, torch.device]:
-    """The processes of this run, and this one's device ("auto", "cpu", "cuda:1", ...)."""
+    """The processes of this run, and this one's device ("auto", "cpu", "cuda:1", ...).
+
+    Raises ConfigError for a device that is not here.
+    """
+    if device != "auto":
+        try:
+            torch.empty(0, device=device)
+        except (RuntimeError, AssertionError, NotImplementedError) as error:
+            said = f"device {device!r} cannot be used ({str(error).splitlines()[0][:100]})"
+            raise ConfigError(f'{said}; "auto" takes a GPU where there is one') from None
     if "WORLD_SIZE" not in os.environ:
         # Its state is one a process, and another run of this process may ask for another device.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -97,7 +106,10 @@ class Trainer:
                 f" {config.accumulate} accumulated parts"
             )
         self.out = Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: {self.out} cannot be a folder ({error.strerror})") from None
         self.checkpoints = Checkpoints(self.out, config.keep)
         torch.manual_seed(config.seed)
         self.stage = STAGES[stage](config, self.device)
@@ -269,7 +281,7 @@ class Trainer:
             with self._synchronised(self.objective, part):
                 with self._autocast():
                     batch = self.stage.prepare(batch)
-                    loss, terms = self.objective(batch, torch.Generator().manual_seed(seed))
+                    loss, terms = self.objective(batch, torch.Generator(self.device).manual_seed(seed))
                 if self._any(not torch.isfinite(loss)):
                     self._diverged("loss", loss, batch)
                 (loss / c.accumulate).backward()

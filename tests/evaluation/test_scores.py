@@ -81,7 +81,8 @@ def test_what_is_left_out_is_one_line_each(folders, run):
     assert "originals/c.png: no partner of this stem among restored" in said
     assert "restored/extra.jpg: no partner of this stem among reference" in said
     assert "b: sizes differ (reference 32x32, restored 16x16)" in said
-    assert "broken: cannot be read" in said and "cut: cannot be read" in said
+    assert "originals/broken.png: cannot be decoded (no picture of a known format); the face broken is left out" in said
+    assert "restored/cut.png: cannot be decoded (image file is truncated)" in said
 
 
 def test_equal_faces_are_infinitely_good_and_json_stays_json(folders, run):

@@ -106,6 +106,27 @@ def test_recolouring_reorders_channels_of_some_images(folder, tmp_path):
         assert changed == 0 if share == 0 else 0.2 < changed < 0.7
 
 
+def test_a_network_of_another_stage_is_one_clear_line(folder, trained, tmp_path):
+    vae, mean = (str(trained / name / "model") for name in ("vae", "mean"))
+    for stage, options, message in (
+        ("vae", dict(model={}, init=mean), "init: expected a network of the class SimVAE or AutoencoderKL, got SwinIR"),
+        ("vae", dict(model={"class": "SwinIR", **SWINIR}), "model: expected .* SimVAE or AutoencoderKL, got SwinIR"),
+        ("flow", dict(model=FLOW, vae=mean, posterior_mean=mean), "vae: expected .* got SwinIR"),
+        ("flow", dict(model=FLOW, vae=vae, posterior_mean=vae), "posterior_mean: expected .* got SimVAE"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Trainer(stage, config(folder, tmp_path, **options))
+
+
+def test_a_device_or_a_folder_that_is_not_there_is_one_clear_line(folder, tmp_path):
+    for device in ("cuda:99", "tpu"):
+        with pytest.raises(ConfigError, match=f"device '{device}' cannot be used .* takes a GPU where there is one"):
+            Trainer("vae", config(folder, tmp_path, model=VAE, device=device))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="out: .*file cannot be a folder"):
+        Trainer("vae", config(folder, tmp_path / "file", model=VAE))
+
+
 def test_decoder_refines_beside_a_critic_and_the_encoder_stays(folder, trained, tmp_path):
     before = load_model(trained / "vae/model")
     c = config(folder, tmp_path, model={}, init=str(trained / "vae/model"), crop=32, steps=20, **REFINED)
