@@ -13,10 +13,6 @@ the feeding side (`submit`), `cold start` a new process up to its first restored
 random weights, for the clock alone.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin disturb each other
-
 import argparse
 import copy
 import json

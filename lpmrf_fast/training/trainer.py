@@ -27,6 +27,7 @@ except ImportError as error:
     raise ImportError('training needs accelerate: pip install "lpmrf-fast[train]"') from error
 
 from ..checkpoint import CheckpointError, save_model
+from ..devices import default_device
 from .checkpoints import Checkpoints
 from .config import ConfigError, TrainConfig
 from .data import batches
@@ -75,7 +76,7 @@ def start_accelerator(device: str) -> tuple[Accelerator, torch.device]:
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
     if accelerator.num_processes > 1 or device == "auto":
         return accelerator, accelerator.device
-    return accelerator, torch.device(device)
+    return accelerator, default_device(device)
 
 
 class Objective(nn.Module):
