@@ -18,11 +18,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
-<<<<<<< HEAD
-from ..images import SUFFIXES, open_upright, read_rgb
-=======
 from ..devices import default_device
->>>>>>> eng
+from ..images import SUFFIXES, open_upright, read_rgb
 from .metrics import SlicedWasserstein, mmd, psnr, ssim
 
 
