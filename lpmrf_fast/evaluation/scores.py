@@ -110,6 +110,8 @@ class SSIM(OfEachFace):
 
 class LearnedDistance(OfEachFace):
     better, digits = {"LPIPS": "lower"}, 4
+    SMALLEST = 32
+    """Pixels: of less nothing is left behind the networks' pools."""
 
     def __init__(self, files, device, count, shape):
         from ..perceptual import LPIPS
@@ -120,6 +122,8 @@ class LearnedDistance(OfEachFace):
 
     @torch.inference_mode()
     def score(self, x, y):
+        if min(x.shape[-2:]) < self.SMALLEST:
+            return math.nan
         return self.network(x.to(self.device) * 2 - 1, y.to(self.device) * 2 - 1)
 
 
@@ -205,7 +209,8 @@ class SWD(Metric):
             raise Unavailable("the faces have several sizes")
         if min(shape) < 16:
             raise Unavailable(f"the faces are smaller than 16 pixels: {shape[1]}x{shape[0]}")
-        self.arguments = count, shape
+        # Above 4096 faces fewer patches of each, so that those of a set stay below 4 GB.
+        self.arguments = count, shape, max(1, min(128, 2**19 // count))
 
     def for_set(self):
         return _Sliced(*self.arguments)

@@ -37,7 +37,7 @@ LEAST = {
     **dict.fromkeys(("log_every", "save_every", "val_every", "val_images"), 1),
     **dict.fromkeys(("workers", "cache", "warmup", "warmup_from", "lr_min", "weight_decay", "kl_weight"), 0),
     **dict.fromkeys(("perceptual_weight", "lpips_weight", "adversarial_weight"), 0),
-    **dict.fromkeys(("noise_std", "latent_noise", "recolour"), 0),
+    **dict.fromkeys(("noise_std", "latent_noise", "recolour", "seed"), 0),
 }
 KINDS = {
     str: "text",

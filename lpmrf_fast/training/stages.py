@@ -6,6 +6,7 @@ Images come in as uint8 (B, 3, H, W). Sim-VAE and the flow see them in [-1, 1], 
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -36,9 +37,29 @@ def unit(x: Tensor) -> Tensor:
     return from_uint8(x, memory_format=torch.channels_last)
 
 
-def normal(like: Tensor, generator: torch.Generator) -> Tensor:
-    """Standard normal noise of a tensor's shape, drawn where the generator lives: the trainer's on the run's device."""
-    return torch.randn(like.shape, generator=generator, device=generator.device).to(like)
+class Draws:
+    """Random numbers for samples `part` of a batch of `batch`: each has its own, however the batch is shared out.
+
+    They follow from (seed, number of the sample) and the kind of device, on which they are drawn.
+    """
+
+    def __init__(self, seed: tuple[int, ...], part: range, batch: int, device="cpu"):
+        # Mixed, because torch's generator on CPUs looks at the lower half of a seed alone.
+        seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(batch + 1, np.uint64)]
+        self.part, self.batch, self.device = slice(part.start, part.stop), batch, torch.device(device)
+        self.common, *self.each = (torch.Generator(device).manual_seed(s) for s in [*seeds[-1:], *seeds[self.part]])
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal noise of a tensor's shape, (samples, ...)."""
+        return torch.stack([torch.randn(like.shape[1:], generator=g, device=self.device) for g in self.each]).to(like)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), (samples, *shape)."""
+        return torch.rand(self.batch, *shape, generator=self.common, device=self.device)[self.part]
+
+    def times(self, mode: str) -> Tensor:
+        """(samples,) times to train at: see `flow.sample_times`."""
+        return flow.sample_times(self.batch, mode, self.common)[self.part]
 
 
 class Stage:
@@ -50,8 +71,6 @@ class Stage:
     """What the network may be; the first is meant where the settings name none."""
     degrades = True
     """Whether batches are (clean, degraded) pairs or clean images alone."""
-    share = (0, 1)
-    """(k, n): this is part k of the n that make up the batch of a step."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
@@ -115,7 +134,7 @@ class Stage:
         faces = Faces(paths, c.size, len(paths), VALIDATION_SEED, c.ranges, shuffle=False, unusable=self.left_out)
         return tuple(torch.stack(column) for column in zip(*(faces[i] for i in range(len(faces)))))
 
-    def loss(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of one batch and its named terms."""
         raise NotImplementedError
 
@@ -144,15 +163,15 @@ class VAEStage(Stage):
         if config.frozen_encoder:
             self.model.encoder.requires_grad_(False)
 
-    def loss(self, batch, generator):
+    def loss(self, batch, draws):
         c = self.config
-        x = self._recoloured(unit(batch), generator) * 2 - 1
+        x = self._recoloured(unit(batch), draws) * 2 - 1
         mean, logvar = self.model.encode(x).float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
-        z = mean + normal(mean, generator) * (logvar / 2).exp()
+        z = mean + draws.normal(mean) * (logvar / 2).exp()
         if c.latent_noise:
-            share = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator, device=generator.device).to(z)
-            z = z + share * mean.detach().std() * normal(z, generator)
+            share = c.latent_noise * draws.uniform(1, 1, 1).to(z)
+            z = z + share * mean.detach().std() * draws.normal(z)
         y = self.model.decode(z).float()
         terms = {"l1": F.l1_loss(y, x), "kl": kl_divergence(mean, logvar)}
         total = terms["l1"] + c.kl_weight * terms["kl"]
@@ -179,12 +198,12 @@ class VAEStage(Stage):
         real, fake = self.critic(torch.cat(self.seen)).float().chunk(2)
         return hinge_loss(real, fake)
 
-    def _recoloured(self, x: Tensor, generator) -> Tensor:
+    def _recoloured(self, x: Tensor, draws: Draws) -> Tensor:
         """Some images with their colour channels in another order: portraits have few greens, and a VAE that has not
         seen a colour turns it into another."""
         if not self.config.recolour:
             return x
-        drawn = torch.rand(len(x), 4, generator=generator, device=generator.device).to(x)
+        drawn = draws.uniform(4).to(x)
         kept = torch.arange(3, device=x.device).expand(len(x), 3)
         order = torch.where(drawn[:, :1] < self.config.recolour, drawn[:, 1:].argsort(1), kept)
         order = order[:, :, None, None].expand(x.shape)
@@ -224,7 +243,7 @@ class PosteriorMeanStage(Stage):
             start_from_identity(model)
         return model
 
-    def loss(self, batch, generator):
+    def loss(self, batch, draws):
         clean, degraded = batch
         mse = (self.model(unit(degraded)).float() - unit(clean)).square().flatten(1).mean(1)
         loss = mse.mean() if self.config.objective == "mse" else (mse + 1e-6).log().mean()
@@ -292,8 +311,8 @@ class FlowStage(Stage):
         """uint8 pairs → (noise-free start, target) of the flow."""
         return self.encode(self.first_guess(unit(degraded))), self.encode(unit(clean))
 
-    def source(self, start: Tensor, generator: torch.Generator) -> Tensor:
-        noise = normal(start, generator)
+    def source(self, start: Tensor, draws: Draws) -> Tensor:
+        noise = draws.normal(start)
         return noise if self.config.source == "noise" else start + self.config.noise_std * noise
 
     def velocity(self, model, start: Tensor):
@@ -305,22 +324,22 @@ class FlowStage(Stage):
 
         return lambda z, t: flow.velocity(model, seen(z), t).float()
 
-    def loss(self, batch, generator):
+    def loss(self, batch, draws):
         start, target = (b.to(self.device).float() for b in batch) if self.config.cache else self.ends(*batch)
-        source = self.source(start, generator)
-        t = flow.sample_times(len(source), self.config.time_sampling, generator, share=self.share).to(source)
+        source, t = self.source(start, draws), draws.times(self.config.time_sampling).to(start)
         z = flow.interpolant(source, target, t)
         loss = F.mse_loss(self.velocity(self.model, start)(z, t), flow.velocity_target(source, target))
         return loss, {"velocity": loss}
 
     def judge(self, model, clean, degraded):
         x, y = unit(clean), unit(degraded)
-        rows = []
+        rows, at = [], 0
         for part in y.split(at_once(self.config.size)):
+            draws = Draws((VALIDATION_SEED,), range(at, at := at + len(part)), len(y))
             guess = self.first_guess(part)
             start = self.encode(guess)
-            source = self.source(start, torch.Generator().manual_seed(VALIDATION_SEED))
-            rows.append((guess, self.decode(flow.sample(self.velocity(model, start), source, 25))))
+            restored = flow.sample(self.velocity(model, start), self.source(start, draws), 25)
+            rows.append((guess, self.decode(restored)))
         guess, restored = (torch.cat(column) for column in zip(*rows))
         scores = {"psnr": psnr(restored, x), "psnr_degraded": psnr(y, x)}
         if self.posterior_mean is None:
