@@ -222,17 +222,17 @@ class Trainer:
         validation = self.stage.validation() if self.rank == 0 or self.sharded else None
         self.saved = self.step
         clock = _Clock(self.step)
-        with self._sigterm():
-            loader = iter(
-                batches(
-                    data,
-                    c.batch_size,
-                    c.workers,
-                    self.step,
-                    share=(self.rank, self.processes, c.accumulate),
-                    pin_memory=self.device.type == "cuda",
-                )
+        loader = iter(
+            batches(
+                data,
+                c.batch_size,
+                c.workers,
+                self.step,
+                share=(self.rank, self.processes, c.accumulate),
+                pin_memory=self.device.type == "cuda",
             )
+        )
+        with self._signals():
             while self.step < c.steps:
                 terms = self._step(loader, clock)
                 clock.add(terms)
@@ -298,10 +298,11 @@ class Trainer:
         except Exception as error:
             if self.stopping:  # the signal went to the workers as well
                 self._stop()
-            said = str(error).strip().splitlines()
+            said = str(error).strip().splitlines() or [type(error).__name__]
             if "in DataLoader worker process" in str(error):
                 raise RuntimeError(f"{self.out}: a data worker failed: {said[-1]}") from error
-            if "DataLoader worker" in str(error):
+            # What a worker raises comes with its name; of one that died while it sent, a broken connection is left.
+            if "DataLoader worker" in str(error) or (self.config.workers and isinstance(error, (EOFError, OSError))):
                 raise RuntimeError(
                     f"{self.out}: a data worker died ({said[0]}); where memory ran out, fewer `workers` help; the same"
                     f" command goes on from step {self.saved}"
@@ -338,8 +339,9 @@ class Trainer:
     # ---- stopping
 
     @contextlib.contextmanager
-    def _sigterm(self):
-        """SIGTERM only raises a flag meanwhile: the step, and a save that is under way, come to their end."""
+    def _signals(self):
+        """Nothing interrupts a step or a save: SIGTERM only raises a flag meanwhile, and a data worker's death, for
+        which the loader's own handler would raise anywhere, is seen where the next batch is fetched."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -347,11 +349,13 @@ class Trainer:
         def flag(*_):
             self.stopping = True
 
-        before = signal.signal(signal.SIGTERM, flag)
+        handlers = {signal.SIGTERM: flag, signal.SIGCHLD: signal.SIG_DFL}
+        before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
         try:
             yield
         finally:
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
     def _stop(self):
         if self.saved != self.step:

@@ -2,12 +2,14 @@
 
 import errno
 import json
+import multiprocessing
 import os
 import resource
 import signal
 import subprocess
 import sys
 import tarfile
+import time
 import types
 from pathlib import Path
 
@@ -299,14 +301,35 @@ def test_weights_of_a_gradient_that_is_not_a_number_are_never_saved(folder, tmp_
     assert resumed.step == 2 and all(p.isfinite().all() for p in resumed.model.parameters())
 
 
-def test_a_dead_worker_is_a_clear_error(folder, tmp_path, monkeypatch):
+@pytest.mark.parametrize("seen", ["while a batch is fetched", "in the middle of a step"])
+def test_a_dead_worker_is_a_clear_error(folder, tmp_path, monkeypatch, seen):
     from lpmrf_fast.training.data import Faces
 
-    honest = Faces.__getitem__
-    monkeypatch.setattr(Faces, "__getitem__", lambda self, n: os._exit(9) if n == 9 else honest(self, n))
+    honest, stepping = Faces.__getitem__, tmp_path / "stepping"
+
+    def dies(self, n):
+        while n == 9:
+            if seen == "while a batch is fetched" or stepping.exists():
+                os._exit(9)
+            time.sleep(0.01)
+        return honest(self, n)
+
+    monkeypatch.setattr(Faces, "__getitem__", dies)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.2)
     trainer = Trainer("vae", config(folder, tmp_path, workers=1))
+    prepare = trainer.stage.prepare
+
+    def waits(batch):
+        stepping.touch()
+        for worker in multiprocessing.active_children():
+            os.waitid(os.P_PID, worker.pid, os.WEXITED | os.WNOWAIT)
+        return prepare(batch)
+
+    if seen == "in the middle of a step":
+        monkeypatch.setattr(trainer.stage, "prepare", waits)
     with pytest.raises(RuntimeError, match="a data worker died .*fewer `workers`.* goes on from step"):
         trainer.fit()
+    assert stepping.exists() == (seen == "in the middle of a step")
 
 
 def test_an_error_in_a_worker_is_one_line(folder, tmp_path, monkeypatch):
