@@ -28,6 +28,7 @@ from lpmrf_fast import models
 from lpmrf_fast.checkpoint import save_model
 from lpmrf_fast.engine.count import Counter
 from lpmrf_fast.training.config import TrainConfig
+from lpmrf_fast.training.stages import Draws
 from lpmrf_fast.training.trainer import Trainer, _Clock
 
 from . import machine
@@ -125,9 +126,9 @@ def step(found: Trainer, batch) -> None:
 def gradients(found: Trainer, batch, context) -> list[torch.Tensor]:
     """Of one objective, without a step; random numbers are the same every time."""
     torch.manual_seed(2)
-    generator = torch.Generator().manual_seed(2)
+    size = found.config.batch_size
     with context(), found._autocast():
-        loss, _ = found.objective(found.stage.prepare(batch), generator)
+        loss, _ = found.objective(found.stage.prepare(batch), Draws((2,), range(size), size, found.device))
         loss.backward()
     result = [p.grad.float() for p in found.model.parameters() if p.grad is not None]
     found.model.zero_grad(set_to_none=True)

@@ -100,14 +100,12 @@ def sample_times(
     mode: str = "uniform",
     generator: torch.Generator | None = None,
     device=None,
-    share: tuple[int, int] = (0, 1),
 ) -> Tensor:
     """Times (batch,) float32 in [0, 1) to train at; `device` defaults to the generator's.
 
     "uniform": independent draws. "stratified": one draw from each of `batch` equal intervals, in order: fewer batches
     see one part of the path only (k-diffusion's stratified_uniform, as PMRF trains). "logit-normal": the sigmoid of
     normal draws, most of them in the middle of the path (arXiv 2403.03206).
-    share: (k, n) where this is part k of n of one batch, whose intervals the parts then take in turn.
     Raises ValueError for another mode.
     """
     if mode not in TIME_SAMPLINGS:
@@ -119,6 +117,5 @@ def sample_times(
     u = torch.rand(batch, generator=generator, device=device)
     if mode == "uniform":
         return u
-    k, n = share
     # (batch - 1 + u) / batch can round up to 1.
-    return ((torch.arange(k, batch * n, n, device=device) + u) / (batch * n)).clamp_(max=1 - 2**-24)
+    return ((torch.arange(batch, device=device) + u) / batch).clamp_(max=1 - 2**-24)

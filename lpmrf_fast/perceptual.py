@@ -27,7 +27,7 @@ def read_state(path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, pickle.UnpicklingError, EOFError, ValueError, KeyError) as error:
-        reason = getattr(error, "strerror", None) or f"no state dict: {str(error).splitlines()[0][:80]}"
+        reason = getattr(error, "strerror", None) or "no state dict, or a damaged one"
         raise ValueError(f"{path}: cannot be read ({reason})") from None
     if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
         raise ValueError(f"{path}: not a state dict of tensors")

@@ -148,13 +148,6 @@ def test_stratified_times_hit_each_interval_once(batch, seed):
     assert (t >= k / batch - 2**-24).all() and (t <= (k + 1) / batch + 2**-24).all() and t.max() < 1
 
 
-@pytest.mark.parametrize("parts", [1, 3])
-def test_parts_of_a_batch_share_its_intervals(parts):
-    generator = torch.Generator().manual_seed(0)
-    t = torch.cat([flow.sample_times(4, "stratified", generator, share=(k, parts)) for k in range(parts)])
-    assert (t * 4 * parts).floor().sort().values.tolist() == list(range(4 * parts))
-
-
 def test_no_time_rounds_up_to_one(monkeypatch):
     """(B - 1 + u) / B does in float32, for the largest u that torch.rand draws."""
     monkeypatch.setattr(torch, "rand", lambda *shape, **kwargs: torch.full(shape, 1 - 2**-24))

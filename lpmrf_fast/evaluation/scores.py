@@ -14,13 +14,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from ..devices import default_device
+from ..images import SUFFIXES, open_upright, read_rgb
 from .metrics import SlicedWasserstein, mmd, psnr, ssim
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 
 
 class Unavailable(Exception):
@@ -110,6 +110,8 @@ class SSIM(OfEachFace):
 
 class LearnedDistance(OfEachFace):
     better, digits = {"LPIPS": "lower"}, 4
+    SMALLEST = 32
+    """Pixels: of less nothing is left behind the networks' pools."""
 
     def __init__(self, files, device, count, shape):
         from ..perceptual import LPIPS
@@ -120,6 +122,8 @@ class LearnedDistance(OfEachFace):
 
     @torch.inference_mode()
     def score(self, x, y):
+        if min(x.shape[-2:]) < self.SMALLEST:
+            return math.nan
         return self.network(x.to(self.device) * 2 - 1, y.to(self.device) * 2 - 1)
 
 
@@ -205,7 +209,8 @@ class SWD(Metric):
             raise Unavailable("the faces have several sizes")
         if min(shape) < 16:
             raise Unavailable(f"the faces are smaller than 16 pixels: {shape[1]}x{shape[0]}")
-        self.arguments = count, shape
+        # Above 4096 faces fewer patches of each, so that those of a set stay below 4 GB.
+        self.arguments = count, shape, max(1, min(128, 2**19 // count))
 
     def for_set(self):
         return _Sliced(*self.arguments)
@@ -381,12 +386,12 @@ def evaluate(
     limit: only the first faces, by name. sheet: where to put a picture of up to 8 faces, from the worst PSNR to the
     best. Raises ValueError where no pair is left.
     """
+    device = default_device(device)
     folders = {"degraded": degraded, "restored": restored} if degraded else {"restored": restored}
     faces, shapes, problems = _paired(folders, reference, limit)
     if not faces:
         why = f": {problems[0]}" if problems else ""
         raise ValueError(f"no face of {restored} has a partner in {reference}; files pair up by stem{why}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     report = Report({}, {name: {} for name in folders})
     running = []
     for metric in METRICS:
@@ -404,8 +409,8 @@ def evaluate(
     for stem, (original, *others) in tqdm(faces.items(), desc="evaluate", unit="face", disable=None):
         try:
             y, *images = (_tensor(path) for path in (original, *others))
-        except OSError as error:
-            problems.append(f"{stem}: cannot be read ({error})")
+        except ValueError as error:
+            problems.append(f"{error}; the face {stem} is left out")
             continue
         for name, x in zip(folders, images):
             values = report.faces[name][stem] = {}
@@ -453,8 +458,8 @@ def _paired(folders: dict, reference, limit) -> tuple[dict[str, list[Path]], lis
             continue
         try:
             sizes = [_size(path) for path in paths]
-        except OSError as error:
-            problems.append(f"{stem}: cannot be read ({error})")
+        except ValueError as error:
+            problems.append(f"{error}; the face {stem} is left out")
             continue
         if len(set(sizes)) > 1:
             said = ", ".join(f"{name} {w}x{h}" for name, (w, h) in zip(listed, sizes))
@@ -467,26 +472,21 @@ def _paired(folders: dict, reference, limit) -> tuple[dict[str, list[Path]], lis
     return faces, shapes, problems
 
 
-def _open(path: Path) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(Image.open(path))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise OSError(f"{path.name}: {' '.join(str(error).split())}") from None
-
-
 def _size(path: Path) -> tuple[int, int]:
-    """Width and height, from the header where no rotation is asked for."""
-    with _open(path) as image:
-        return image.size
+    """Width and height. Raises ValueError with the file's name for what is no picture."""
+    try:
+        with open_upright(path) as image:
+            return image.size
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _tensor(path: Path) -> Tensor:
-    """(1, 3, H, W) float32 in [0, 1]."""
-    with _open(path) as image:
-        try:
-            pixels = np.array(image.convert("RGB"))
-        except (OSError, SyntaxError, ValueError) as error:
-            raise OSError(f"{path.name}: {' '.join(str(error).split())}") from None
+    """(1, 3, H, W) float32 in [0, 1]. Raises ValueError with the file's name."""
+    try:
+        pixels = np.array(read_rgb(path))
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
     return torch.from_numpy(pixels).permute(2, 0, 1)[None].float().div(255)
 
 
@@ -507,10 +507,8 @@ def _sheet(report: Report, faces: dict, folders: dict, most: int = 8, side: int 
         for column, (name, path) in enumerate(zip(columns, [*faces[stem][1:], faces[stem][0]])):
             score = f"  {report.faces[name][stem]['PSNR dB']:.2f} dB" if name in report.faces else f"  {stem}"
             draw.text((column * side + 4, top + 3), name + score, fill="black")
-            with _open(path) as image:
-                picture.paste(
-                    image.convert("RGB").resize((side, side), Image.Resampling.LANCZOS), (column * side, top + line)
-                )
+            shown = read_rgb(path).resize((side, side), Image.Resampling.LANCZOS)
+            picture.paste(shown, (column * side, top + line))
     return picture
 
 

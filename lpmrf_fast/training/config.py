@@ -2,6 +2,10 @@
 
 import dataclasses
 import difflib
+import math
+import os
+import types
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -28,10 +32,52 @@ CHOICES = {
     "degrade_on": ("cpu", "device"),
     "tracker": TRACKERS,
 }
+LEAST = {
+    **dict.fromkeys(("steps", "batch_size", "accumulate", "size", "crop", "cycle", "keep"), 1),
+    **dict.fromkeys(("log_every", "save_every", "val_every", "val_images"), 1),
+    **dict.fromkeys(("workers", "cache", "warmup", "warmup_from", "lr_min", "weight_decay", "kl_weight"), 0),
+    **dict.fromkeys(("perceptual_weight", "lpips_weight", "adversarial_weight"), 0),
+    **dict.fromkeys(("noise_std", "latent_noise", "recolour", "seed"), 0),
+}
+KINDS = {
+    str: "text",
+    dict: "a mapping",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    tuple: "a list",
+    types.NoneType: "null",
+}
 
 
 class ConfigError(ValueError):
     """A training configuration that cannot be used; the message names the key and the way out."""
+
+    exit_status = 2
+    """Of the command line: an argument that cannot be used."""
+
+
+def _is(value, kind) -> bool:
+    """Whether a value is of an annotated type; whole numbers are numbers, true and false are none, paths are text."""
+    if typing.get_origin(kind) is tuple:
+        parts = typing.get_args(kind)
+        return isinstance(value, tuple) and len(value) == len(parts) and all(map(_is, value, parts))
+    if isinstance(kind, types.UnionType):
+        return any(_is(value, k) for k in typing.get_args(kind))
+    known = {float: (float, int), str: (str, os.PathLike)}.get(kind, kind)
+    return isinstance(value, known) and (kind is bool or not isinstance(value, bool))
+
+
+def _called(kind) -> str:
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {len(typing.get_args(kind))} numbers"
+    return KINDS[kind] if kind in KINDS else " or ".join(map(_called, typing.get_args(kind)))
+
+
+def _check_types(settings, where: str = "") -> None:
+    for f in dataclasses.fields(settings):
+        if f.init and not _is(value := getattr(settings, f.name), f.type):
+            raise ConfigError(f"{where}{f.name} must be {_called(f.type)}, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -148,21 +194,11 @@ class TrainConfig:
     ranges: Ranges | TwoStage = field(init=False)
 
     def __post_init__(self):
+        _check_types(self)
         object.__setattr__(self, "ranges", _ranges(self.degradation))
-        counts = (
-            "steps",
-            "batch_size",
-            "accumulate",
-            "size",
-            "log_every",
-            "save_every",
-            "val_every",
-            "val_images",
-            "keep",
-        )
-        for name in counts:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name, least in LEAST.items():
+            if (value := getattr(self, name)) is not None and not value >= least:  # also NaN
+                raise ConfigError(f"{name} must be at least {least}, got {value}")
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 names = ", ".join(f'"{k}"' if k else "null" for k in known)
@@ -177,8 +213,12 @@ class TrainConfig:
             raise ConfigError('fsdp and optimizer "muon" do not go together: it needs whole matrices; use "adamw"')
         if self.crop is not None and self.crop > self.size:
             raise ConfigError(f"crop {self.crop} is larger than size {self.size}")
-        if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1 or self.lr <= 0:
+        if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1 or not 0 < self.lr < math.inf:
             raise ConfigError("decay must be in [0, 1], ema_decay in [0, 1) and lr positive")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must be in [0, 1), got {list(self.betas)}")
+        if not self.grad_clip > 0:
+            raise ConfigError(f"grad_clip must be positive, got {self.grad_clip}; .inf clips nothing")
 
 
 def _ranges(value) -> Ranges | TwoStage:
@@ -188,7 +228,13 @@ def _ranges(value) -> Ranges | TwoStage:
         raise ConfigError(f"no degradation preset {name!r}; there are {', '.join(DEGRADATIONS)}")
     start = DEGRADATIONS[name]
     changes = {k: tuple(v) if isinstance(v, list) else v for k, v in changes.items()}
-    return dataclasses.replace(start, **_known(changes, type(start), "degradation"))
+    ranges = dataclasses.replace(start, **_known(changes, type(start), "degradation"))
+    _check_types(ranges, "degradation: ")
+    try:
+        ranges.check()
+    except ValueError as error:
+        raise ConfigError(f"degradation: {error}") from None
+    return ranges
 
 
 def _known(values: dict, cls, where: str) -> dict:
@@ -225,16 +271,23 @@ def load_config(path: str | Path, overrides: list[str] = ()) -> TrainConfig:
         target = values
         for parent in parents:
             target = target.setdefault(parent, {})
-        target[last] = yaml.safe_load(text)
+            if not isinstance(target, dict):
+                raise ConfigError(f"--set {item}: {parent} is no mapping, it has no {last}")
+        try:
+            target[last] = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ConfigError(f"--set {item}: {text!r} is not valid YAML") from None
     values = _known(values, TrainConfig, str(path))
     for f in dataclasses.fields(TrainConfig):
         value = values.get(f.name)
         # YAML 1.1 reads 1e-4 as text.
         if isinstance(value, str) and f.type in (float, int):
             try:
-                values[f.name] = f.type(float(value))
+                value = values[f.name] = float(value)
             except ValueError:
-                raise ConfigError(f"{path}: {f.name} must be a number, got {value!r}") from None
+                raise ConfigError(f"{path}: {f.name} must be {KINDS[f.type]}, got {value!r}") from None
+        if isinstance(value, float) and f.type is int and value.is_integer():
+            values[f.name] = int(value)
         if isinstance(value, list):
             values[f.name] = tuple(value)
     try:

@@ -13,9 +13,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
+from ..images import SUFFIXES, open_upright, read_rgb
 from .degradation import Ranges, TwoStage, degrade, draw
-
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 
 
 @dataclass(frozen=True, order=True)
@@ -79,31 +78,32 @@ class Unusable(ValueError):
 
 
 def read_image(path: Path | Member, size: int, least: int = 1) -> np.ndarray:
-    """RGB (size, size, 3) uint8; resized with Lanczos where the file has another size.
+    """RGB (size, size, 3) uint8; resized with Lanczos where the file has another size, of no square the middle.
 
     Raises Unusable for a file that cannot be decoded, or whose shorter side has fewer than `least` pixels.
     """
     try:
-        with Image.open(path.read() if isinstance(path, Member) else path) as image:
-            if min(image.size) < least:
+        with open_upright(path.read() if isinstance(path, Member) else path) as image:
+            side = min(image.size)
+            if side < least:
                 raise Unusable(f"{image.width}x{image.height} is smaller than the crop, {least}")
-            image = image.convert("RGB")
-            if image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.LANCZOS)
-            return np.asarray(image)
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        if isinstance(error, Unusable):
-            raise
-        raise Unusable(f"cannot be decoded ({' '.join(str(error).split())[:120]})") from None
+            image = read_rgb(image)
+    except (OSError, ValueError) as error:
+        raise error if isinstance(error, Unusable) else Unusable(str(error)) from None
+    if image.size != (size, size):
+        left, top = (image.width - side) / 2, (image.height - side) / 2
+        image = image.resize((size, size), Image.Resampling.LANCZOS, (left, top, left + side, top + side))
+    return np.asarray(image)
 
 
 class Faces(Dataset):
     """Item n is a pair (clean, degraded) of (3, s, s) uint8 tensors, or clean alone where `ranges` is None.
 
     Epochs are passes over a permutation; permutation, crop, flip and degradation follow from (seed, n) alone. Every
-    worker keeps the decoded files it has seen, as far as `memory` bytes reach. An image that cannot be used is replaced
-    by the next one that can, and named on stderr and in `unusable`, a file. Not `applied`, the degradation comes as it
-    was drawn, with the place of the crop, in place of the degraded image; the clean one is whole (`degraded_crops`).
+    worker keeps the decoded files it has seen, where `memory` bytes are enough for all (a part of them would rarely be
+    met again). An image that cannot be used is replaced by the next one that can, and named on stderr and in
+    `unusable`, a file. Not `applied`, the degradation comes as it was drawn, with the place of the crop, in place of
+    the degraded image; the clean one is whole (`degraded_crops`).
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Faces(Dataset):
     ):
         self.paths, self.size, self.samples, self.seed = paths, size, samples, seed
         self.ranges, self.crop, self.flip, self.shuffle, self.applied = ranges, crop, flip, shuffle, applied
-        self.kept, self.keep = {}, int(memory / (size * size * 3))
+        self.kept, self.keep = {}, len(paths) * size * size * 3 <= memory
         self.unusable, self.left_out = unusable, set()
 
     def __len__(self) -> int:
@@ -135,7 +135,7 @@ class Faces(Dataset):
             if i not in self.left_out:
                 try:
                     image = read_image(self.paths[i], self.size, self.crop or 1)
-                    if len(self.kept) < self.keep:
+                    if self.keep:
                         self.kept[i] = image
                     return image
                 except Unusable as reason:

@@ -41,6 +41,12 @@ class Ranges:
     q: tuple[int, int] = (30, 100)
     kernel_size: int = 41
 
+    def check(self) -> None:
+        """Raises ValueError, one line, for ranges that cannot be drawn from."""
+        _check_pairs(self, sigma=1e-3, r=1e-3, delta=0, q=1)
+        if self.kernel_size < 1 or self.kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+
 
 @dataclass(frozen=True)
 class TwoStage:
@@ -73,6 +79,24 @@ class TwoStage:
     poisson2: tuple[float, float] = (0.05, 2.5)
     q: tuple[int, int] = (30, 95)
     q2: tuple[int, int] = (30, 95)
+
+    def check(self) -> None:
+        """Raises ValueError, one line, for ranges that cannot be drawn from."""
+        _check_pairs(self, sigma=1e-3, sigma2=1e-3, resize=1e-3, resize2=1e-3, q=1, q2=1)
+        _check_pairs(self, delta=0, delta2=0, poisson=0, poisson2=0)
+        for name in ("kernel_prob", "resize_prob", "resize_prob2"):
+            if not math.isclose(sum(getattr(self, name)), 1, abs_tol=1e-6):
+                raise ValueError(f"{name} must add up to 1, got {list(getattr(self, name))}")
+        if len(self.kernels) != len(self.kernel_prob):
+            raise ValueError(f"{len(self.kernels)} kernels need as many kernel_prob, got {len(self.kernel_prob)}")
+
+
+def _check_pairs(ranges, **least: float) -> None:
+    for name, low in least.items():
+        a, b = getattr(ranges, name)
+        high = 100 if name.startswith("q") else math.inf
+        if not low <= a <= b <= high:
+            raise ValueError(f"{name} must be two rising numbers between {low:g} and {high}, got {[a, b]}")
 
 
 PRESETS = {

@@ -6,6 +6,7 @@ Images come in as uint8 (B, 3, H, W). Sim-VAE and the flow see them in [-1, 1], 
 import math
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -14,7 +15,7 @@ from lpmrf_kernels import from_uint8
 
 from .. import flow, models
 from ..checkpoint import load_model
-from ..models import SwinIR
+from ..models import AutoencoderKL, HDiT, LooUFormer, SimVAE, SwinIR
 from ..perceptual import LPIPS
 from .cache import LatentCache
 from .config import ConfigError, TrainConfig
@@ -36,25 +37,59 @@ def unit(x: Tensor) -> Tensor:
     return from_uint8(x, memory_format=torch.channels_last)
 
 
+class Draws:
+    """Random numbers for samples `part` of a batch of `batch`: each has its own, however the batch is shared out.
+
+    They follow from (seed, number of the sample) and the kind of device, on which they are drawn.
+    """
+
+    def __init__(self, seed: tuple[int, ...], part: range, batch: int, device="cpu"):
+        # Mixed, because torch's generator on CPUs looks at the lower half of a seed alone.
+        seeds = [int(s) for s in np.random.SeedSequence(seed).generate_state(batch + 1, np.uint64)]
+        self.part, self.batch, self.device = slice(part.start, part.stop), batch, torch.device(device)
+        self.common, *self.each = (torch.Generator(device).manual_seed(s) for s in [*seeds[-1:], *seeds[self.part]])
+
+    def normal(self, like: Tensor) -> Tensor:
+        """Standard normal noise of a tensor's shape, (samples, ...)."""
+        return torch.stack([torch.randn(like.shape[1:], generator=g, device=self.device) for g in self.each]).to(like)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Uniform in [0, 1), (samples, *shape)."""
+        return torch.rand(self.batch, *shape, generator=self.common, device=self.device)[self.part]
+
+    def times(self, mode: str) -> Tensor:
+        """(samples,) times to train at: see `flow.sample_times`."""
+        return flow.sample_times(self.batch, mode, self.common)[self.part]
+
+
 class Stage:
     """What the trainer asks of a stage. `model` is the trained network; frozen ones live beside it."""
 
     critic: nn.Module | None = None
     """A second network that judges the first while both train; `critic_loss` is its objective."""
+    trains: tuple[type, ...]
+    """What the network may be; the first is meant where the settings name none."""
     degrades = True
     """Whether batches are (clean, degraded) pairs or clean images alone."""
-    share = (0, 1)
-    """(k, n): this is part k of the n that make up the batch of a step."""
 
     def __init__(self, config: TrainConfig, device: torch.device):
         self.config, self.device = config, device
         self.model = self._model().to(device, memory_format=torch.channels_last)
 
     def _model(self) -> nn.Module:
-        if self.config.init:
-            return load_model(self.config.init).float()
+        model = load_model(self.config.init).float() if self.config.init else self._new_model()
+        self._check("init" if self.config.init else "model", model, self.trains)
+        return model
+
+    @staticmethod
+    def _check(key: str, network: nn.Module, classes: tuple) -> None:
+        if not isinstance(network, classes):
+            names = " or ".join(c.__name__ for c in classes)
+            raise ConfigError(f"{key}: expected a network of the class {names}, got {type(network).__name__}")
+
+    def _new_model(self) -> nn.Module:
         options = dict(self.config.model)
-        preset, cls = options.pop("preset", None), options.pop("class", self.default)
+        preset, cls = options.pop("preset", None), options.pop("class", self.trains[0].__name__)
         if cls not in CLASSES:
             raise ConfigError(f"model.class must be one of {', '.join(CLASSES)}, got {cls!r}")
         try:
@@ -99,7 +134,7 @@ class Stage:
         faces = Faces(paths, c.size, len(paths), VALIDATION_SEED, c.ranges, shuffle=False, unusable=self.left_out)
         return tuple(torch.stack(column) for column in zip(*(faces[i] for i in range(len(faces)))))
 
-    def loss(self, batch, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch, draws: Draws) -> tuple[Tensor, dict[str, Tensor]]:
         """The objective of one batch and its named terms."""
         raise NotImplementedError
 
@@ -118,7 +153,7 @@ class Stage:
 class VAEStage(Stage):
     """L1 + kl_weight · KL + perceptual_weight · VGG19 distance (Sim-VAE's objective); on wish LPIPS, a patch critic."""
 
-    default, degrades = "SimVAE", False
+    trains, degrades = (SimVAE, AutoencoderKL), False
 
     def __init__(self, config, device):
         super().__init__(config, device)
@@ -128,16 +163,15 @@ class VAEStage(Stage):
         if config.frozen_encoder:
             self.model.encoder.requires_grad_(False)
 
-    def loss(self, batch, generator):
+    def loss(self, batch, draws):
         c = self.config
-        x = self._recoloured(unit(batch), generator) * 2 - 1
+        x = self._recoloured(unit(batch), draws) * 2 - 1
         mean, logvar = self.model.encode(x).float().chunk(2, dim=1)
         logvar = logvar.clamp(-30, 20)
-        noise = torch.randn(mean.shape, generator=generator).to(mean)
-        z = mean + noise * (logvar / 2).exp()
+        z = mean + draws.normal(mean) * (logvar / 2).exp()
         if c.latent_noise:
-            share = c.latent_noise * torch.rand(len(z), 1, 1, 1, generator=generator).to(z)
-            z = z + share * mean.detach().std() * torch.randn(z.shape, generator=generator).to(z)
+            share = c.latent_noise * draws.uniform(1, 1, 1).to(z)
+            z = z + share * mean.detach().std() * draws.normal(z)
         y = self.model.decode(z).float()
         terms = {"l1": F.l1_loss(y, x), "kl": kl_divergence(mean, logvar)}
         total = terms["l1"] + c.kl_weight * terms["kl"]
@@ -164,12 +198,15 @@ class VAEStage(Stage):
         real, fake = self.critic(torch.cat(self.seen)).float().chunk(2)
         return hinge_loss(real, fake)
 
-    def _recoloured(self, x: Tensor, generator) -> Tensor:
+    def _recoloured(self, x: Tensor, draws: Draws) -> Tensor:
         """Some images with their colour channels in another order: portraits have few greens, and a VAE that has not
         seen a colour turns it into another."""
-        chosen = torch.rand(len(x), generator=generator) < self.config.recolour
-        orders = [torch.randperm(3, generator=generator) if c else torch.arange(3) for c in chosen]
-        order = torch.stack(orders).to(x.device)[:, :, None, None].expand(x.shape)
+        if not self.config.recolour:
+            return x
+        drawn = draws.uniform(4).to(x)
+        kept = torch.arange(3, device=x.device).expand(len(x), 3)
+        order = torch.where(drawn[:, :1] < self.config.recolour, drawn[:, 1:].argsort(1), kept)
+        order = order[:, :, None, None].expand(x.shape)
         return x.gather(1, order).contiguous(memory_format=torch.channels_last)
 
     def judge(self, model, clean, degraded):
@@ -198,7 +235,7 @@ class PosteriorMeanStage(Stage):
     little around what its degradation allows: the minimiser stays close to the posterior mean.
     """
 
-    default = "SwinIR"
+    trains = (SwinIR, LooUFormer, HDiT)
 
     def _model(self):
         model = super()._model()
@@ -206,7 +243,7 @@ class PosteriorMeanStage(Stage):
             start_from_identity(model)
         return model
 
-    def loss(self, batch, generator):
+    def loss(self, batch, draws):
         clean, degraded = batch
         mse = (self.model(unit(degraded)).float() - unit(clean)).square().flatten(1).mean(1)
         loss = mse.mean() if self.config.objective == "mse" else (mse + 1e-6).log().mean()
@@ -227,7 +264,7 @@ class FlowStage(Stage):
     asked for, holds start and target of `cache` degradations of every face and of its mirror image.
     """
 
-    default = "LooUFormer"
+    trains = (LooUFormer, HDiT)
 
     def __init__(self, config, device):
         super().__init__(config, device)
@@ -236,8 +273,8 @@ class FlowStage(Stage):
         if self.starts_from == "posterior-mean":
             if config.posterior_mean is None:
                 raise ConfigError("flow: posterior_mean must name the checkpoint of the posterior-mean network")
-            self.posterior_mean = self._frozen(config.posterior_mean)
-        self.vae = self._frozen(config.vae) if config.vae else None
+            self.posterior_mean = self._frozen("posterior_mean", PosteriorMeanStage.trains)
+        self.vae = self._frozen("vae", VAEStage.trains) if config.vae else None
         if config.crop is not None:
             raise ConfigError("flow: crop must be left out, faces are trained whole")
         self.shift, self.scale = 0.0, 1.0
@@ -245,8 +282,9 @@ class FlowStage(Stage):
             self.shift = self.vae.config.get("shift_factor") or 0.0
             self.scale = self.vae.config.get("scaling_factor") or 1.0
 
-    def _frozen(self, checkpoint):
-        model = load_model(checkpoint).float().eval().requires_grad_(False)
+    def _frozen(self, key: str, classes: tuple) -> nn.Module:
+        model = load_model(getattr(self.config, key)).float().eval().requires_grad_(False)
+        self._check(key, model, classes)
         return model.to(self.device, memory_format=torch.channels_last)
 
     def dataset(self, samples):
@@ -273,8 +311,8 @@ class FlowStage(Stage):
         """uint8 pairs → (noise-free start, target) of the flow."""
         return self.encode(self.first_guess(unit(degraded))), self.encode(unit(clean))
 
-    def source(self, start: Tensor, generator: torch.Generator) -> Tensor:
-        noise = torch.randn(start.shape, generator=generator).to(start)
+    def source(self, start: Tensor, draws: Draws) -> Tensor:
+        noise = draws.normal(start)
         return noise if self.config.source == "noise" else start + self.config.noise_std * noise
 
     def velocity(self, model, start: Tensor):
@@ -286,22 +324,22 @@ class FlowStage(Stage):
 
         return lambda z, t: flow.velocity(model, seen(z), t).float()
 
-    def loss(self, batch, generator):
+    def loss(self, batch, draws):
         start, target = (b.to(self.device).float() for b in batch) if self.config.cache else self.ends(*batch)
-        source = self.source(start, generator)
-        t = flow.sample_times(len(source), self.config.time_sampling, generator, share=self.share).to(source)
+        source, t = self.source(start, draws), draws.times(self.config.time_sampling).to(start)
         z = flow.interpolant(source, target, t)
         loss = F.mse_loss(self.velocity(self.model, start)(z, t), flow.velocity_target(source, target))
         return loss, {"velocity": loss}
 
     def judge(self, model, clean, degraded):
         x, y = unit(clean), unit(degraded)
-        rows = []
+        rows, at = [], 0
         for part in y.split(at_once(self.config.size)):
+            draws = Draws((VALIDATION_SEED,), range(at, at := at + len(part)), len(y))
             guess = self.first_guess(part)
             start = self.encode(guess)
-            source = self.source(start, torch.Generator().manual_seed(VALIDATION_SEED))
-            rows.append((guess, self.decode(flow.sample(self.velocity(model, start), source, 25))))
+            restored = flow.sample(self.velocity(model, start), self.source(start, draws), 25)
+            rows.append((guess, self.decode(restored)))
         guess, restored = (torch.cat(column) for column in zip(*rows))
         scores = {"psnr": psnr(restored, x), "psnr_degraded": psnr(y, x)}
         if self.posterior_mean is None:

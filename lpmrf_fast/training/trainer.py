@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -23,10 +24,12 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 try:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
+    from accelerate.utils import InitProcessGroupKwargs
 except ImportError as error:
     raise ImportError('training needs accelerate: pip install "lpmrf-fast[train]"') from error
 
 from ..checkpoint import CheckpointError, save_model
+from ..devices import default_device
 from .checkpoints import Checkpoints
 from .config import ConfigError, TrainConfig
 from .data import batches
@@ -34,7 +37,7 @@ from .log import Log
 from .optimizers import build_optimizers
 from .recompute import recompute
 from .sharding import gathered, shard, share_out, whole
-from .stages import STAGES
+from .stages import STAGES, Draws
 
 
 class Stopped(SystemExit):
@@ -58,15 +61,21 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 
 
 def start_accelerator(device: str) -> tuple[Accelerator, torch.device]:
-    """The processes of this run, and this one's device ("auto", "cpu", "cuda:1", ...)."""
+    """The processes of this run, and this one's device ("auto", "cpu", "cuda:1", ...).
+
+    Raises DeviceError for a device that is not here.
+    """
+    found = default_device(device)
     if "WORLD_SIZE" not in os.environ:
         # Its state is one a process, and another run of this process may ask for another device.
         AcceleratorState._reset_state(reset_partial_state=True)
     # Autocast is ours, in the one place that every stage shares.
-    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no")
+    # One process may compute the latent cache for hours while the others wait for it.
+    patient = InitProcessGroupKwargs(timeout=timedelta(days=1))
+    accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patient])
     if accelerator.num_processes > 1 or device == "auto":
         return accelerator, accelerator.device
-    return accelerator, torch.device(device)
+    return accelerator, found
 
 
 class Objective(nn.Module):
@@ -97,7 +106,10 @@ class Trainer:
                 f" {config.accumulate} accumulated parts"
             )
         self.out = Path(config.out)
-        self.out.mkdir(parents=True, exist_ok=True)
+        try:
+            self.out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"out: {self.out} cannot be a folder ({error.strerror})") from None
         self.checkpoints = Checkpoints(self.out, config.keep)
         torch.manual_seed(config.seed)
         self.stage = STAGES[stage](config, self.device)
@@ -237,7 +249,7 @@ class Trainer:
                 terms = self._step(loader, clock)
                 clock.add(terms)
                 done = self.step == c.steps
-                if self.rank == 0 and (self.step % c.log_every == 0 or done):
+                if self.step % c.log_every == 0 or done:
                     self._report(clock)
                 if done:
                     with self._autocast():
@@ -263,13 +275,14 @@ class Trainer:
             batch = self._fetch(loader, clock)
             # Noise and times follow from (seed, step), so that a resumed run draws what an unbroken one would.
             share = part * self.processes + self.rank
-            seed = c.seed * 1_000_003 + self.step + (share << 40)
-            torch.manual_seed(seed)
-            self.stage.share = share, self.processes * c.accumulate
+            torch.manual_seed(c.seed * 1_000_003 + self.step * 1_009 + share)  # dropout's
+            size = c.batch_size // (self.processes * c.accumulate)
+            drawn = range(share * size, (share + 1) * size)
+            draws = Draws((c.seed, self.step), drawn, c.batch_size, self.device)
             with self._synchronised(self.objective, part):
                 with self._autocast():
                     batch = self.stage.prepare(batch)
-                    loss, terms = self.objective(batch, torch.Generator().manual_seed(seed))
+                    loss, terms = self.objective(batch, draws)
                 if self._any(not torch.isfinite(loss)):
                     self._diverged("loss", loss, batch)
                 (loss / c.accumulate).backward()
@@ -369,6 +382,12 @@ class Trainer:
 
     def _report(self, clock):
         terms, speed = clock.read(self.step, self.config.batch_size)
+        if self.processes > 1:  # each knows the terms of its own part
+            means = torch.tensor(list(terms.values()), device=self.device)
+            torch.distributed.all_reduce(means)
+            terms = dict(zip(terms, (means / self.processes).tolist()))
+        if self.rank:
+            return
         left = (self.config.steps - self.step) / speed["steps_per_second"]
         self.log.write(self.step, **terms, lr=self.schedulers[0].get_last_lr()[0], **speed, memory_gb=self._memory())
         said = " ".join(f"{k} {v:.4g}" for k, v in terms.items())

@@ -117,6 +117,37 @@ def test_minutes_are_shared_out_by_pace_and_kept(data, tmp_path):
     assert json.loads((out / "plan.json").read_text())["vae"]["steps"] == plan["vae"]["steps"]
 
 
+def test_three_runs_take_a_stage_each_and_what_stops_one_leaves_shards(data, tmp_path, monkeypatch):
+    now, begun = [0.0], []
+
+    def pace(stage, config, seconds):
+        now[0] += seconds + (80 if stage == "flow" else 0)  # its latent cache
+        return 2.0
+
+    def train(stage, config, seconds):
+        begun.append((stage, config.steps))
+        if stage == "flow":
+            raise RuntimeError("no such kernel")
+        now[0] += config.steps / 2
+        assert now[0] < end
+        (tmp_path / "out" / stage / "model").mkdir(parents=True)
+        (tmp_path / "out" / stage / "model/config.json").write_text("{}")
+        return True
+
+    monkeypatch.setattr(second_generation, "pace", pace)
+    monkeypatch.setattr(second_generation, "train", train)
+    monkeypatch.setattr(second_generation.time, "monotonic", lambda: now[0])
+    for stages in (1, 2):
+        end = now[0] + 9 * 60
+        assert run(data, tmp_path / "out", 9) == second_generation.UNFINISHED and len(begun) == stages
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        run(data, tmp_path / "out", 9)
+    # 8 and 8.5 minutes as wanted; of the last 8.5 those that are left behind pace and cache.
+    assert begun == [("vae", 864), ("posterior-mean", 918), ("flow", int(0.9 * 2 * (540 - 12 - 80)))]
+    second_generation.unpack(tmp_path / "out/shards", tmp_path / "again")
+    assert sorted(p.parent.parent.name for p in (tmp_path / "again").glob("*/model/*")) == ["posterior-mean", "vae"]
+
+
 def test_no_shards_is_an_error(data, tmp_path):
     with pytest.raises(FileNotFoundError, match="leave --shards out"):
         run(data, tmp_path / "out", 1, "--shards", str(tmp_path))

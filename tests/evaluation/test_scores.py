@@ -81,7 +81,8 @@ def test_what_is_left_out_is_one_line_each(folders, run):
     assert "originals/c.png: no partner of this stem among restored" in said
     assert "restored/extra.jpg: no partner of this stem among reference" in said
     assert "b: sizes differ (reference 32x32, restored 16x16)" in said
-    assert "broken: cannot be read" in said and "cut: cannot be read" in said
+    assert "originals/broken.png: cannot be decoded (no picture of a known format); the face broken is left out" in said
+    assert "restored/cut.png: cannot be decoded (image file is truncated)" in said
 
 
 def test_equal_faces_are_infinitely_good_and_json_stays_json(folders, run):
@@ -111,6 +112,33 @@ def test_files_that_are_not_there_or_wrong_skip_their_metric_by_name(folders):
     Path("wrong.pth").write_bytes(b"nothing")
     report = evaluate("restored", "originals", files=Files(lpips="nowhere.pth", inception="wrong.pth"))
     assert report.skipped["LPIPS"] == "no file nowhere.pth" and "wrong.pth: cannot be read" in report.skipped["FID"]
+
+
+def test_deep_and_rotated_pictures_are_scored_as_they_look(folders):
+    for stem in "abc":
+        with Image.open(f"originals/{stem}.png") as image:
+            gray = np.asarray(image.convert("L"))
+        Image.fromarray(gray).save(f"originals/{stem}.png")
+        turned = Image.fromarray(gray.T[::-1].copy())
+        turned.getexif()[0x0112] = 6
+        turned.save(f"restored/{stem}.png", exif=turned.getexif())
+    Image.fromarray(gray.astype(np.uint16) * 257).save("restored/c.png")
+    assert evaluate("restored", "originals").scores["restored"]["PSNR dB"] == math.inf
+
+
+def test_faces_that_are_too_small_for_lpips_have_none(folders, monkeypatch):
+    class Distance(torch.nn.Module):
+        net = "alex"
+
+        def forward(self, x, y):
+            return (x - y).abs().mean((1, 2, 3))
+
+    monkeypatch.setattr("lpmrf_fast.perceptual.LPIPS", lambda path: Distance())
+    Path("weights").write_bytes(b"")
+    for folder in ("originals", "restored"):
+        Image.new("RGB", (40, 20), "gray").save(f"{folder}/d.png")
+    report = evaluate("restored", "originals", files=Files(lpips="weights"))
+    assert math.isnan(report.faces["restored"]["d"]["LPIPS"]) and report.scores["restored"]["LPIPS"] > 0
 
 
 def test_several_sizes_skip_the_sliced_distance_alone(folders):

@@ -44,7 +44,28 @@ def test_pmrf_as_published():
     [
         ("step=3", "did you mean 'steps'"),
         ("steps=0", "steps must be at least 1"),
-        ("steps=many", "steps must be a number"),
+        ("steps=many", "steps must be a whole number"),
+        ("steps=2.5", "steps must be a whole number, got 2.5"),
+        ("steps=[1", "not valid YAML"),
+        ("lr.x=1", "lr is no mapping"),
+        ("out=null", "out must be text, got None"),
+        ("model=sim-vae-c16", "model must be a mapping"),
+        ("flip=maybe", "flip must be true or false"),
+        ("crop=half", "crop must be a whole number or null"),
+        ("crop=0", "crop must be at least 1"),
+        ("betas=0.9", "betas must be a list of 2 numbers"),
+        ("betas=[0.9]", "betas must be a list of 2 numbers"),
+        ("betas=[0.9, 1]", r"betas must be in \[0, 1\)"),
+        ("lr=.nan", "lr positive"),
+        ("noise_std=-1", "noise_std must be at least 0"),
+        ("seed=-1", "seed must be at least 0"),
+        ("noise_std=.nan", "noise_std must be at least 0"),
+        ("grad_clip=0", ".inf clips nothing"),
+        ("degradation={sigma: 3}", "degradation: sigma must be a list of 2 numbers"),
+        ("degradation={r: [8, 1]}", "r must be two rising numbers"),
+        ("degradation={q: [30, 101]}", "q must be two rising numbers between 1 and 100"),
+        ("degradation={kernel_size: 40}", "kernel_size must be odd"),
+        ("degradation={preset: real-esrgan, resize_prob: [0.5, 0.5, 0.5]}", "resize_prob must add up to 1"),
         ("precision=fp8", "bf16"),
         ("crop=1024", "larger than size"),
         ("degradation=blind", "blind-face"),
@@ -72,6 +93,12 @@ def test_unusable_files_name_the_file(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError, match="bad.yaml"):
         load_config(path)
+
+
+def test_whole_numbers_are_numbers_and_steps_may_be_written_short(file):
+    config = load_config(file, ["lr=1", "noise_std=0", "steps=1e5", "degradation={sigma: [1, 2]}"])
+    assert (config.lr, config.noise_std, config.steps, config.ranges.sigma) == (1, 0, 100_000, (1, 2))
+    assert load_config(file, ["steps=1.0e+5"]).steps == 100_000
 
 
 def test_sim_vae_as_published():

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("cv2")
-from lpmrf_fast.training.data import Faces, batches, find_images
+from lpmrf_fast.training.data import Faces, batches, find_images, read_image
 from lpmrf_fast.training.degradation import PRESETS
 
 
@@ -76,6 +76,25 @@ def test_opencv_has_no_threads_left_when_workers_are_forked(faces):
     cv2.setNumThreads(4)
     assert len(list(batches(make(faces, 4), 2, 1))) == 2
     assert cv2.getNumThreads() == 1
+
+
+def test_rotated_deep_and_wide_pictures(tmp_path):
+    ramp = np.tile(np.linspace(0, 1, 32), (32, 1))
+    rotated = Image.fromarray(np.rint(ramp * 255).astype(np.uint8)).convert("RGB")
+    rotated.getexif()[0x0112] = 8
+    rotated.save(tmp_path / "a.png", exif=rotated.getexif())
+    Image.fromarray(np.rint(ramp * 65535).astype(np.uint16)).save(tmp_path / "b.tif")
+    Image.fromarray(np.repeat(np.rint(ramp * 255), 3, 1).astype(np.uint8)).save(tmp_path / "c.bmp")
+    turned, deep, wide = (read_image(path, 32).astype(int)[..., 0] for path in find_images(tmp_path))
+    assert (turned[:, 16] == turned[:, 0]).all() and turned[0, 0] == 255 and turned[-1, 0] == 0
+    assert np.abs(deep - ramp * 255).max() < 1
+    assert 80 < wide[16, 0] < 90 and 165 < wide[16, -1] < 175  # the middle third, not squeezed
+
+
+def test_decoded_faces_are_kept_where_all_fit(faces):
+    for memory, kept in ((5 * 32 * 32 * 3, 5), (5 * 32 * 32 * 3 - 1, 0)):
+        data = Faces(faces, 32, 10, seed=0, memory=memory)
+        assert len([data[i] for i in range(10)]) == 10 and len(data.kept) == kept
 
 
 def test_the_last_incomplete_batch_is_kept_on_request(faces):

@@ -399,15 +399,15 @@ def test_shards_train_as_folders_do(folder, tmp_path):
 
 
 def test_accumulated_parts_make_the_gradient_of_the_whole_batch(folder, tmp_path):
-    options = dict(kl_weight=0.0, steps=1, warmup=0, ema_decay=0.0)
+    """Noise included: that of a sample does not depend on the part that it is in."""
+    options = dict(steps=1, warmup=0, ema_decay=0.0, recolour=0.5)
     whole, parts = (Trainer("vae", config(folder, tmp_path / str(n), accumulate=n, **options)) for n in (1, 4))
     for trainer in (whole, parts):
-        encode = trainer.model.encode
-        trainer.model.encode = lambda x, e=encode: torch.cat([e(x).chunk(2, 1)[0], -30 + 0 * e(x).chunk(2, 1)[1]], 1)
         trainer.fit()
     for a, b in zip(whole.model.parameters(), parts.model.parameters()):
-        if a.grad is not None and a.grad.abs().max() > 1e-6:
-            assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+        assert torch.allclose(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+    said = [json.loads((tmp_path / n / "log.jsonl").read_text()) for n in "14"]
+    assert all(said[0][name] == pytest.approx(said[1][name], rel=1e-4) for name in ("l1", "kl", "grad_norm"))
     with pytest.raises(ConfigError, match="multiple of 1 processes x 3"):
         Trainer("vae", config(folder, tmp_path / "odd", accumulate=3))
 
@@ -425,19 +425,23 @@ def processes(folder, out, port, **options):
 
 
 def assert_near(a, b):
-    for name in a:
-        # Adam's steps of 2e-3 follow the sign of gradients near zero, which the order of sums decides.
-        assert (a[name] - b[name]).abs().mean() < 5e-5, name
+    # On average: Adam's steps of 2e-3 follow the sign of gradients near zero, which the order of sums decides.
+    apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
+    assert apart.mean() < 5e-5 and (apart > 1e-4).float().mean() < 0.05
 
 
 def test_processes_share_a_step(folder, tmp_path):
-    """Both end alike, and as one process that accumulates the same two parts."""
-    options = dict(steps=2, **CRITIC)
-    a, b = processes(folder, tmp_path / "two", 0, **options)
-    one = Trainer("vae", config(folder, tmp_path / "one", accumulate=2, **options))
-    one.fit()
-    assert all(torch.equal(a[name], b[name]) for name in a)
-    assert_near(a, one.model.state_dict())
+    """Both end alike, and as one process that takes the whole batch, or two parts of it beside the critic."""
+    for i, (accumulate, options) in enumerate(((1, dict(recolour=0.5)), (2, CRITIC))):
+        out = tmp_path / str(i)
+        a, b = processes(folder, out / "two", i, steps=2, **options)
+        one = Trainer("vae", config(folder, out / "one", steps=2, accumulate=accumulate, **options))
+        one.fit()
+        assert all(torch.equal(a[name], b[name]) for name in a)
+        assert_near(a, one.model.state_dict())
+        said = [[json.loads(line) for line in open(out / n / "log.jsonl")] for n in ("one", "two")]
+        for x, y in zip(*said):  # the log has the means over the processes; the critic's norms look at every part
+            assert all(x[name] == pytest.approx(y[name], rel=1e-2 if i else 1e-4) for name in ("l1", "kl", "grad_norm"))
 
 
 def test_sharded_processes_go_on_from_one_and_one_from_them(folder, tmp_path):
@@ -445,7 +449,7 @@ def test_sharded_processes_go_on_from_one_and_one_from_them(folder, tmp_path):
     whole = Trainer("vae", config(folder, tmp_path / "whole", **options))
     whole.fit()
     Trainer("vae", config(folder, tmp_path / "parts", steps=2, **options)).fit()
-    a, b = processes(folder, tmp_path / "parts", 1, fsdp=True, **(options | dict(accumulate=1, steps=4)))
+    a, b = processes(folder, tmp_path / "parts", 5, fsdp=True, **(options | dict(accumulate=1, steps=4)))
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert (tmp_path / "parts/val-000004.png").exists()
     last = Trainer("vae", config(folder, tmp_path / "parts", **options))

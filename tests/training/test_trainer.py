@@ -10,11 +10,12 @@ from PIL import Image
 pytest.importorskip("cv2")
 pytest.importorskip("yaml")
 from lpmrf_fast.checkpoint import load_model
+from lpmrf_fast.devices import DeviceError
 from lpmrf_fast.models import HDiT, SwinIR
 from lpmrf_fast.pipeline import PMRFPipeline
 from lpmrf_fast.training.config import ConfigError, TrainConfig
 from lpmrf_fast.training.data import batches
-from lpmrf_fast.training.stages import dct_basis, start_from_identity
+from lpmrf_fast.training.stages import Draws, dct_basis, start_from_identity
 from lpmrf_fast.training.trainer import Trainer, learning_rate
 
 VAE = dict(
@@ -96,14 +97,48 @@ def test_vae_learns(trained):
     assert (trained / "vae" / "val-000060.png").exists()
 
 
+@pytest.mark.parametrize("mode", ["uniform", "stratified", "logit-normal"])
+def test_samples_draw_the_same_however_the_batch_is_shared_out(mode):
+    def drawn(first, last):
+        draws, like = Draws((3, 41), range(first, last), 6), torch.empty(last - first, 2, 5)
+        return draws.normal(like), draws.uniform(3), draws.times(mode), draws.normal(like)
+
+    whole, parts = drawn(0, 6), [drawn(0, 2), drawn(2, 3), drawn(3, 6)]
+    for all_at_once, *pieces in zip(whole, *parts):
+        assert torch.equal(all_at_once, torch.cat(pieces))
+    noise = torch.cat([whole[0], whole[3], Draws((3, 42), range(6), 6).normal(torch.empty(6, 2, 5))])
+    assert len(noise.flatten().unique()) == noise.numel()  # no two samples, calls or steps draw alike
+
+
 def test_recolouring_reorders_channels_of_some_images(folder, tmp_path):
     x = torch.rand(64, 3, 4, 4)
     for share in (0.0, 0.5):
         stage = Trainer("vae", config(folder, tmp_path / str(share), model=VAE, recolour=share)).stage
-        y = stage._recoloured(x, torch.Generator().manual_seed(0))
+        y = stage._recoloured(x, Draws((0,), range(64), 64))
         assert torch.equal(y.sort(1).values, x.sort(1).values)
         changed = (y != x).flatten(1).any(1).float().mean()
         assert changed == 0 if share == 0 else 0.2 < changed < 0.7
+
+
+def test_a_network_of_another_stage_is_one_clear_line(folder, trained, tmp_path):
+    vae, mean = (str(trained / name / "model") for name in ("vae", "mean"))
+    for stage, options, message in (
+        ("vae", dict(model={}, init=mean), "init: expected a network of the class SimVAE or AutoencoderKL, got SwinIR"),
+        ("vae", dict(model={"class": "SwinIR", **SWINIR}), "model: expected .* SimVAE or AutoencoderKL, got SwinIR"),
+        ("flow", dict(model=FLOW, vae=mean, posterior_mean=mean), "vae: expected .* got SwinIR"),
+        ("flow", dict(model=FLOW, vae=vae, posterior_mean=vae), "posterior_mean: expected .* got SimVAE"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            Trainer(stage, config(folder, tmp_path, **options))
+
+
+def test_a_device_or_a_folder_that_is_not_there_is_one_clear_line(folder, tmp_path):
+    for device in ("cuda:99", "tpu"):
+        with pytest.raises(DeviceError, match=f"device.* '{device}'.*; use 'auto'"):
+            Trainer("vae", config(folder, tmp_path, model=VAE, device=device))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="out: .*file cannot be a folder"):
+        Trainer("vae", config(folder, tmp_path / "file", model=VAE))
 
 
 def test_decoder_refines_beside_a_critic_and_the_encoder_stays(folder, trained, tmp_path):
@@ -162,8 +197,7 @@ def test_the_papers_ablations_are_settings(folder, trained, tmp_path, ablation):
         options["posterior_mean"] = str(trained / "mean/model")
     trainer = Trainer("flow", config(folder, tmp_path, **options, **ablation))
     assert (trainer.stage.posterior_mean is None) == ("posterior_mean" not in options)
-    start, generator = torch.ones(2, 4, 8, 8), torch.Generator().manual_seed(0)
-    source = trainer.stage.source(start, generator)
+    source = trainer.stage.source(torch.ones(2, 4, 8, 8), Draws((0,), range(2), 2))
     assert source.mean().item() == pytest.approx(0 if told else 1, abs=0.2)
     assert source.std().item() == pytest.approx(1 if told else 0.1, rel=0.2)
     trainer.fit()
