@@ -22,6 +22,8 @@ near u = 1 they lose more than 1e-6. The angle is reduced to ±π/4 on the integ
 values of u, and of w at the largest r, the recipe is within 8.3e-7 of the float64 one.
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -205,7 +207,9 @@ register(
 )
 
 
-def _check(z: Tensor, seeds: Tensor) -> None:
+def _check(z: Tensor, noise_std: float, seeds: Tensor) -> None:
+    if not -math.inf < noise_std < math.inf:
+        raise ValueError(f"add_source_noise: noise_std must be finite, got {noise_std}")
     if not z.dtype.is_floating_point:
         raise TypeError(f"add_source_noise: z must have a float dtype, got {z.dtype}")
     if z.dim() != 4:
@@ -222,13 +226,13 @@ def _check(z: Tensor, seeds: Tensor) -> None:
 
 @torch.library.custom_op("lpmrf::add_source_noise", mutates_args=())
 def _add_source_noise(z: Tensor, noise_std: float, seeds: Tensor) -> Tensor:
-    _check(z, seeds)
+    _check(z, noise_std, seeds)
     return run("add_source_noise", z, noise_std, seeds)
 
 
 @_add_source_noise.register_fake
 def _(z, noise_std, seeds):
-    _check(z, seeds)
+    _check(z, noise_std, seeds)
     return torch.empty_like(z, dtype=torch.float32)
 
 
@@ -254,6 +258,6 @@ def add_source_noise(z: Tensor, noise_std: float, seeds: Tensor) -> Tensor:
     seeds: (B,) int64, one a photo, on z's device. ε is Philox4x32-10 keyed by the seed and counted by the logical index
     in (C, H, W); this module's docstring defines it to the bit. Nothing is mutated.
     Returns a new float32 tensor in z's memory format. The gradient of z is a cast; noise_std and seeds have none.
-    Raises TypeError for other dtypes, ValueError for other shapes or devices.
+    Raises TypeError for other dtypes, ValueError for other shapes, devices or a noise_std that is not finite.
     """
     return torch.ops.lpmrf.add_source_noise(z, noise_std, seeds)

@@ -327,13 +327,13 @@ register(
 )
 
 
-def _check(op: str, x: Tensor, bias: Tensor, residual: Tensor | None = None) -> None:
+def _check(op: str, x: Tensor, bias: Tensor, *residuals: Tensor) -> None:
     check_map(op, x)
     check_parameter(op, "bias", bias, (x.shape[1],), x)
-    if residual is not None:
+    for residual in residuals:
+        check_parameter(op, "residual", residual, tuple(x.shape), x)
         if residual.dtype != x.dtype:
             raise TypeError(f"{op}: residual must have x's dtype, {x.dtype}, got {residual.dtype}")
-        check_parameter(op, "residual", residual, tuple(x.shape), x)
 
 
 @torch.library.custom_op("lpmrf::bias_silu", mutates_args=())

@@ -292,8 +292,8 @@ def check_map(op: str, x: Tensor, name: str = "x") -> None:
 
 
 def check_parameter(op: str, name: str, p: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
-    if not p.dtype.is_floating_point:
-        raise TypeError(f"{op}: {name} must have a float dtype, got {p.dtype}")
+    if not isinstance(p, Tensor) or not p.dtype.is_floating_point:
+        raise TypeError(f"{op}: {name} must be a tensor of a float dtype, got {getattr(p, 'dtype', p)}")
     if tuple(p.shape) != shape:
         raise ValueError(f"{op}: {name} must have the shape {shape} here, got {tuple(p.shape)}")
     if p.device != x.device:

@@ -22,6 +22,7 @@ Fallback    Other floats, float64 above all, and float16 on a CPU go to the refe
 Source      Axial rotary embedding and scaling as in k-diffusion's image_transformer_v2 (Crowson et al. 2024).
 """
 
+import math
 from dataclasses import replace
 
 import torch
@@ -541,7 +542,7 @@ register(
 )
 
 
-def _check(qkv, num_heads, weight, bias, cos, sin, scale) -> None:
+def _check(qkv, num_heads, weight, bias, cos, sin, scale, eps) -> None:
     op = "dwconv_rope_qkv"
     check_map(op, qkv, "qkv")
     B, C, H, W = qkv.shape
@@ -550,6 +551,8 @@ def _check(qkv, num_heads, weight, bias, cos, sin, scale) -> None:
     D = C // 3 // num_heads
     if D % 4:
         raise ValueError(f"{op}: the head size must be a multiple of 4, got {D}")
+    if not 0 <= eps < math.inf:
+        raise ValueError(f"{op}: eps must be finite and not negative, got {eps}")
     if (cos is None) != (sin is None):
         raise ValueError(f"{op}: cos and sin come together, got one of them")
     if weight is None and bias is not None:
@@ -572,7 +575,7 @@ def _dwconv_rope_qkv(
     scale: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    _check(qkv, num_heads, weight, bias, cos, sin, scale)
+    _check(qkv, num_heads, weight, bias, cos, sin, scale, eps)
     return run("dwconv_rope_qkv", qkv, num_heads, weight, bias, cos, sin, scale, eps)
 
 
@@ -596,7 +599,7 @@ def _dwconv_rope_qkv_backward(
 
 @_dwconv_rope_qkv.register_fake
 def _(qkv, num_heads, weight, bias, cos, sin, scale, eps):
-    _check(qkv, num_heads, weight, bias, cos, sin, scale)
+    _check(qkv, num_heads, weight, bias, cos, sin, scale, eps)
     return _heads_like(qkv, num_heads)
 
 
@@ -660,6 +663,6 @@ def dwconv_rope_qkv(
     of q and k, without gradient; None: no rotation.
     Returns three contiguous (B, H, W, num_heads, D) tensors in qkv's dtype; `t.flatten(1, 2).transpose(1, 2)` is the
     (B, num_heads, L, D) view that global attention takes. Differentiable in qkv, weight, bias and scale.
-    Raises TypeError for other dtypes, ValueError for other shapes or devices.
+    Raises TypeError for other dtypes, ValueError for other shapes, devices or eps.
     """
     return torch.ops.lpmrf.dwconv_rope_qkv(qkv, num_heads, weight, bias, cos, sin, scale, eps)

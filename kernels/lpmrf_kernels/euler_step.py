@@ -10,6 +10,8 @@ Fallback    The kernels take float32 z and float32, bfloat16 or float16 v of up 
 Source      The explicit Euler method; direction of time as in Lipman et al. 2023 (t = 0 source, t = 1 data).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -150,7 +152,9 @@ register(
 )
 
 
-def _check(z: Tensor, v: Tensor) -> None:
+def _check(z: Tensor, v: Tensor, dt: float) -> None:
+    if not -math.inf < dt < math.inf:
+        raise ValueError(f"euler_step: dt must be finite, got {dt}")
     if z.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"euler_step: z must be float32 or float64, got {z.dtype}; keep the state as z.float()")
     if not v.dtype.is_floating_point:
@@ -163,13 +167,13 @@ def _check(z: Tensor, v: Tensor) -> None:
 
 @torch.library.custom_op("lpmrf::euler_step", mutates_args=())
 def _euler_step(z: Tensor, v: Tensor, dt: float) -> Tensor:
-    _check(z, v)
+    _check(z, v, dt)
     return run("euler_step", z, v, dt)
 
 
 @_euler_step.register_fake
 def _(z, v, dt):
-    _check(z, v)
+    _check(z, v, dt)
     return torch.empty_like(z)
 
 
@@ -196,6 +200,7 @@ def euler_step(z: Tensor, v: Tensor, dt: float) -> Tensor:
     z: state, float32 (float64 is computed by the reference), any shape and memory format. v: velocity, same shape, any
     float dtype, any memory format. dt: step in flow time, 1/K for K even steps. Nothing is mutated.
     Returns a new tensor with z's shape, dtype and memory format. Differentiable in z and v.
-    Raises TypeError for other dtypes, ValueError for different shapes (nothing is broadcast) or devices.
+    Raises TypeError for other dtypes, ValueError for different shapes (nothing is broadcast), devices or a dt
+    that is not finite.
     """
     return torch.ops.lpmrf.euler_step(z, v, dt)

@@ -615,7 +615,7 @@ def neighborhood_attention_2d(q: Tensor, k: Tensor, v: Tensor, kernel_size: int,
     op = "neighborhood_attention_2d"
     if not q.dtype.is_floating_point or k.dtype != q.dtype or v.dtype != q.dtype:
         raise TypeError(f"{op}: q, k and v must have one float dtype, got {q.dtype}, {k.dtype} and {v.dtype}")
-    if q.dim() != 5:
+    if q.dim() != 5 or q.shape[4] == 0:
         raise ValueError(f"{op}: q must be (B, H, W, heads, D), got the shape {tuple(q.shape)}")
     if k.shape != q.shape or v.shape != q.shape:
         shapes = ", ".join(str(tuple(t.shape)) for t in (q, k, v))

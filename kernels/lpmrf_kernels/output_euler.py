@@ -241,7 +241,7 @@ register(
 )
 
 
-def _check(x, norm_weight, eps, weight, bias, z, patch) -> None:
+def _check(x, norm_weight, eps, weight, bias, z, dt, patch) -> None:
     for name, t in (("x", x), ("norm_weight", norm_weight), ("weight", weight), ("bias", bias), ("z", z)):
         if t is None:
             continue
@@ -270,6 +270,8 @@ def _check(x, norm_weight, eps, weight, bias, z, patch) -> None:
             raise ValueError(f"output_euler: {name} must be {shape}, got {tuple(t.shape)}")
     if not 0 <= eps < math.inf:
         raise ValueError(f"output_euler: eps must be finite and at least 0, got {eps}")
+    if not -math.inf < dt < math.inf:
+        raise ValueError(f"output_euler: dt must be finite, got {dt}")
 
 
 @torch.library.custom_op("lpmrf::output_euler", mutates_args=())
@@ -283,13 +285,13 @@ def _output_euler(
     dt: float,
     patch: Sequence[int],
 ) -> Tensor:
-    _check(x, norm_weight, eps, weight, bias, z, patch)
+    _check(x, norm_weight, eps, weight, bias, z, dt, patch)
     return run("output_euler", x, norm_weight, eps, weight, bias, z, dt, patch)
 
 
 @_output_euler.register_fake
 def _(x, norm_weight, eps, weight, bias, z, dt, patch):
-    _check(x, norm_weight, eps, weight, bias, z, patch)
+    _check(x, norm_weight, eps, weight, bias, z, dt, patch)
     return torch.empty_like(z)
 
 
@@ -316,7 +318,7 @@ def output_euler(
     outputs are ordered (row, column, channel); float32 (float64 is computed by the reference).
     dt: step in flow time, negative for a network that predicts v = source - clean. Nothing is mutated.
     Returns a new tensor with z's shape, dtype and memory format. Not differentiable.
-    Raises TypeError for other dtypes, ValueError for other shapes, devices or eps.
+    Raises TypeError for other dtypes, ValueError for other shapes, devices, eps or dt.
     """
     if weight.dim() == 4 and weight.shape[2:] == (1, 1):
         weight = weight.flatten(1)

@@ -369,6 +369,11 @@ def test_refuses(z, seeds, error, words):
         add_source_noise(z, STD, seeds)
 
 
+def test_refuses_a_standard_deviation_that_is_no_number():
+    with pytest.raises(ValueError, match="noise_std must be finite, got inf"):
+        add_source_noise(torch.zeros(2, 3, 4, 4), float("inf"), SEED)
+
+
 def test_source_noise_wants_one_seed_a_photo():
     with pytest.raises(ValueError, match=r"one seed a photo, expected the shape \(2,\), got \(3,\)"):
         source_noise((2, 3, 4, 4), [1, 2, 3])

@@ -202,6 +202,8 @@ X, BIAS = torch.zeros(1, 4, 3, 3), torch.zeros(4)
         ((X, BIAS, X[:, :1]), ValueError, r"residual must have the shape \(1, 4, 3, 3\)"),
         ((X, BIAS, X.half()), TypeError, "residual must have x's dtype, torch.float32, got torch.float16"),
         ((X, BIAS.to("meta"), X), ValueError, "bias must be on the device of x"),
+        ((X, None, X), TypeError, "bias must be a tensor of a float dtype, got None"),
+        ((X, BIAS, None), TypeError, "residual must be a tensor of a float dtype, got None"),
     ],
 )
 def test_refuses(arguments, error, words):

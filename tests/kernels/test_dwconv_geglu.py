@@ -259,7 +259,7 @@ X, WEIGHT, BIAS = torch.zeros(1, 4, 3, 3), torch.zeros(4, 1, 3, 3), torch.zeros(
         ((X, WEIGHT[:2]), ValueError, r"weight must have the shape \(4, 1, 3, 3\) here, got \(2, 1, 3, 3\)"),
         ((X, WEIGHT, BIAS[:3]), ValueError, r"bias must have the shape \(4,\)"),
         ((X, WEIGHT.to("meta")), ValueError, "weight must be on the device of x, cpu, got meta"),
-        ((X, WEIGHT.int()), TypeError, "weight must have a float dtype"),
+        ((X, WEIGHT.int()), TypeError, "weight must be a tensor of a float dtype, got torch.int32"),
         ((X, None, BIAS), ValueError, "a bias but no weight"),
     ],
 )

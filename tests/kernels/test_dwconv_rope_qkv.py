@@ -219,6 +219,8 @@ QKV, WEIGHT, TABLE = torch.zeros(1, 24, 3, 2), torch.zeros(24, 1, 3, 3), torch.z
         ),
         (dict(scale=torch.zeros(3)), ValueError, r"scale must have the shape \(2,\)"),
         (dict(cos=TABLE.to("meta"), sin=TABLE), ValueError, "cos must be on the device of x"),
+        (dict(eps=float("nan")), ValueError, "eps must be finite and not negative, got nan"),
+        (dict(eps=-1.0), ValueError, "eps must be finite and not negative"),
     ],
 )
 def test_refuses(arguments, error, words):

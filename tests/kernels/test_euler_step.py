@@ -277,3 +277,8 @@ def test_a_wrong_kernel_fails_the_value_check(interpreted, module_of, monkeypatc
 def test_refuses(z, v, error, words):
     with pytest.raises(error, match=words):
         euler_step(z, v, DT)
+
+
+def test_refuses_a_step_that_is_no_number():
+    with pytest.raises(ValueError, match="dt must be finite, got nan"):
+        euler_step(torch.zeros(3), torch.zeros(3), float("nan"))

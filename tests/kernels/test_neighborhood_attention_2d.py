@@ -217,6 +217,7 @@ Q = torch.zeros(1, 5, 6, 2, 4)
         ((Q, Q, Q), (7,), ValueError, "kernel_size 7 is larger than the 5x6 map"),
         ((Q, Q[:, :4], Q), (3,), ValueError, "must have one shape"),
         ((Q[0], Q[0], Q[0]), (3,), ValueError, r"q must be \(B, H, W, heads, D\)"),
+        ((Q[..., :0], Q[..., :0], Q[..., :0]), (3,), ValueError, r"q must be \(B, H, W, heads, D\)"),
         ((Q, Q.half(), Q), (3,), TypeError, "one float dtype"),
         ((Q, Q.to("meta"), Q), (3,), ValueError, "one device"),
         ((Q, Q, Q), (3, float("nan")), ValueError, "scale must be finite"),

@@ -215,6 +215,7 @@ def test_a_wrong_kernel_fails_the_value_check(interpreted, module_of, monkeypatc
         ({3: torch.zeros(4, 9, 3, 3)}, ValueError, r"weight \(O, C\) or \(O, C, 1, 1\)"),
         ({4: torch.zeros(5)}, ValueError, r"bias must be \(4,\)"),
         ({5: torch.zeros(1, 1, 6, 8)}, ValueError, r"z must be \(1, 4, 3, 4\), got \(1, 1, 6, 8\)"),
+        ({6: float("inf")}, ValueError, "dt must be finite, got inf"),
         ({7: (3, 1)}, ValueError, "4 outputs are no patches of 3 x 1 pixels"),
         ({5: torch.zeros(1, 4, 3, 4).half()}, TypeError, "z must be float32 or float64"),
         ({3: torch.zeros(4, 9).long()}, TypeError, "weight must have a float dtype"),
