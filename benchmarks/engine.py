@@ -1,6 +1,7 @@
 """How fast is a whole restoration, uint8 in and uint8 out, beside the plain networks and torch.compile of them?
 
     python -m benchmarks.engine --device cpu --out benchmarks/results/engine-cpu.json
+    python -m benchmarks.engine --device cpu --batch 4 --only "engine fp32" --parts providers --add --out engine.json
     python -m benchmarks.engine --device cuda --preset full --batch 1 8 32 --steps 1 5 25 --out engine-gpu.json
 
 The plain providers run the same weights on PyTorch's own operations, without our ops: `naive` in float32 and
@@ -13,17 +14,15 @@ the feeding side (`submit`), `cold start` a new process up to its first restored
 random weights, for the clock alone.
 """
 
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: threads that spin disturb each other
-
 import argparse
 import copy
 import json
 import math
 import multiprocessing
+import shlex
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from unittest.mock import patch
@@ -184,10 +183,10 @@ def providers(preset: str, device: str, batch: int, compiled: bool) -> dict:
     def graphed():  # the plain networks in our graph machinery
         return Ours(plainly(bf16(), torch.channels_last), plain, batch_size=batch, strict=True)
 
-    found = {
+    found = {  # in this order, so that a run that is cut off has the ones that matter
         "naive": lambda: Plain(plainly(fp32(), torch.contiguous_format)),
-        "eager": lambda: Plain(plainly(bf16(), torch.channels_last)),
         "engine": lambda: Ours(bf16(), batch_size=batch, strict=cuda),
+        "eager": lambda: Plain(plainly(bf16(), torch.channels_last)),
         "engine fp32": lambda: Ours(fp32(), batch_size=batch, strict=cuda),
         "engine deterministic": lambda: Ours(bf16(), batch_size=batch, deterministic=True, strict=cuda),
     }
@@ -342,7 +341,7 @@ def on_cpu(preset, device, size, batch, steps, compiled, chosen, seconds, staged
     return compared([*rows.values(), *stages], batch, steps, size)
 
 
-def on_gpu(preset, device, size, batch, steps, compiled, chosen, seconds) -> list[dict]:
+def on_gpu(preset, device, size, batch, steps, compiled, chosen, seconds) -> Iterator[dict]:
     """Rows of one batch size and number of steps, end to end; one provider at a time: they need the memory."""
     pixels, seeds = photos(device, size, batch), list(range(batch))
     rows, naive = [], None
@@ -365,16 +364,18 @@ def on_gpu(preset, device, size, batch, steps, compiled, chosen, seconds) -> lis
                 captured = provider.engine.captures[-1]
                 row |= {"capture_seconds": captured.seconds, "graph_nodes": captured.nodes}
                 row["graph_bytes"] = captured.pool_bytes + captured.bytes
+                row["predicted_peak_bytes"] = provider.engine.estimate(captured.plan).peak
             torch.cuda.reset_peak_memory_stats()
             times = until(lambda p=provider: clock(lambda: p(pixels, seeds, steps), device)[0], seconds)
             row |= summary(times, batch) | {"peak_bytes": torch.cuda.max_memory_allocated()}
+            row["gpu_state"] = machine.gpu_state(device)
         except Exception as failure:  # whatever a provider raises is the row
             row["failed"] = line(failure)
         if isinstance(provider, Ours):
             provider.engine.close()
         del provider, result
         torch.cuda.empty_cache()
-    return compared(rows, batch, steps, size)
+        yield compared(rows, batch, steps, size)[-1]
 
 
 def wanted(names, chosen) -> list[str]:
@@ -398,12 +399,11 @@ def until(measure, seconds: float, least: int = 3) -> list[float]:
     return times
 
 
-def graphed_stages(preset, device, size, batch, steps, seconds) -> list[dict]:
+def graphed_stages(preset, device, size, batch, steps, seconds) -> Iterator[dict]:
     """Seconds of each stage in a CUDA graph of its own, in bfloat16 as the engine runs it."""
     with Engine(load(preset, torch.bfloat16, device), batch_size=batch) as engine:
         provider = Ours.__new__(Ours)
         provider.engine, provider.context, provider.stages = engine, nullcontext, engine.stages
-        rows = []
         for name, run in stage_functions(provider, photos(device, size, batch), list(range(batch)), steps).items():
             row = {"stage": name, "of": "engine", "batch": batch, "steps": steps, "size": size}
             try:
@@ -413,8 +413,7 @@ def graphed_stages(preset, device, size, batch, steps, seconds) -> list[dict]:
                 row |= summary(until(lambda replay=replay: clock(replay, device)[0], seconds), batch)
             except Exception as failure:
                 row["failed"] = line(failure)
-            rows.append(row)
-    return rows
+            yield row
 
 
 def queue(preset, device, size, batch, steps, batches) -> dict:
@@ -449,18 +448,27 @@ def cold_start(preset, device, size, steps) -> dict:
     return {"queue": "cold start", "batch": 1, "steps": steps, "size": size, "cold_start_seconds": seconds}
 
 
-def attempted(name: str, function, *arguments) -> list[dict]:
-    """The rows that a part of the report makes, or one that says why there are none."""
+def attempted(name: str, function, *arguments) -> Iterator[dict]:
+    """The rows that a part of the report makes, as they come, and one that says why there are no more of them."""
     try:
         rows = function(*arguments)
+        yield from [rows] if isinstance(rows, dict) else rows
     except Exception as failure:
-        rows = {"queue": name, "batch": 0, "failed": line(failure)}
-    return rows if isinstance(rows, list) else [rows]
+        yield {"queue": name, "batch": 0, "failed": line(failure)}
 
 
-def table(rows: list[dict]) -> str:
+def networks(preset: str) -> dict[str, str]:
+    """Which networks a checkpoint has: classes and millions of parameters. Times do not depend on their values."""
+    try:
+        modules = load(preset, torch.float32, "cpu").modules
+    except ValueError:  # every row will say so
+        return {}
+    return {k: f"{type(m).__name__}, {sum(p.numel() for p in m.parameters()) / 1e6:.1f} M" for k, m in modules.items()}
+
+
+def table(rows: list[dict], head: bool = True) -> str:
     titles = ("ms/image", 11), ("p99", 10), ("images/s", 10), ("x naive", 9), ("dB", 7), ("levels", 7)
-    lines = [f"{'what':36}{'batch':>6}{'K':>4}" + "".join(title.rjust(width) for title, width in titles)]
+    lines = head * [f"{'what':36}{'batch':>6}{'K':>4}" + "".join(title.rjust(width) for title, width in titles)]
     for row in rows:
         name = row.get("provider") or row.get("queue") or f"  {row['stage']}, {row['of']}"
         text = f"{name:36}{row['batch']:6}{row.get('steps', ''):>4}"
@@ -480,24 +488,34 @@ def table(rows: list[dict]) -> str:
 
 
 def run(
-    device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS, rows=()
+    device, preset, size, batches, steps, compiled, chosen, seconds, out=None, log=print, parts=PARTS, before=None
 ) -> dict:
-    """The report: machine and rows, written to `out` as they come, behind those of earlier runs."""
-    started, rows, cuda = time.time(), list(rows), device.startswith("cuda")
-    number = 1 + max((row["run"] for row in rows), default=0)
-    report = {"machine": machine.describe(device), "started": time.strftime("%Y-%m-%d %H:%M:%S %Z")}
-    report |= {"preset": preset, "rows": rows}
+    """The report: runs, each with its command and machine, and rows, written to `out` as they come.
+
+    before: the report of earlier runs, which this one goes behind.
+    """
+    started, cuda = time.time(), device.startswith("cuda")
+    report = before or {"runs": [], "rows": []}
+    about = {
+        "run": len(report["runs"]) + 1,
+        "command": shlex.join(["python", "-m", "benchmarks.engine", *sys.argv[1:]]),
+    }
+    about |= {"preset": preset, "machine": machine.describe(device)}
+    about["started"] = time.strftime("%Y-%m-%d %H:%M:%S %Z")
+    if preset != "full":
+        about["networks"] = networks(preset)
+    report["runs"].append(about)
 
     def add(part, function, *arguments):
         if part not in parts:
             return
-        new = attempted(part, function, preset, device, size, *arguments)
-        log(table(new))
-        rows.extend(row | {"run": number} for row in new)
-        report["seconds"] = round(time.time() - started, 1)
-        if out is not None:
-            out.parent.mkdir(parents=True, exist_ok=True)
-            out.write_text(json.dumps(report, indent=1) + "\n")
+        for row in attempted(part, function, preset, device, size, *arguments):
+            log(table([row], head="seconds" not in about))
+            report["rows"].append(row | {"run": about["run"]})
+            about["seconds"] = round(time.time() - started, 1)
+            if out is not None:
+                out.parent.mkdir(parents=True, exist_ok=True)
+                out.write_text(json.dumps(report, indent=1) + "\n")
 
     for batch in batches:
         for k in steps:
@@ -532,10 +550,14 @@ def main(argv=None) -> int:
         parser.error("PyTorch sees no GPU; use --device cpu")
     batches, steps = args.batch or ([1, 8, 32] if cuda else [1, 4]), args.steps or ([1, 5, 25] if cuda else [25])
     compiled = args.compile or "compile" in (args.only or ())
+    known = providers(args.preset, args.device, 1, True)
+    for name in args.only or ():
+        if name not in known:
+            parser.error(f"no provider is called {name!r}; there are {', '.join(known)}")
     what = (args.device, args.preset, args.size, batches, steps, compiled, args.only, args.seconds)
-    before = json.loads(args.out.read_text())["rows"] if args.add and args.out and args.out.exists() else ()
-    report = run(*what, args.out, parts=args.parts, rows=before)
-    return int(any("failed" in row for row in report["rows"]))
+    before = json.loads(args.out.read_text()) if args.add and args.out and args.out.exists() else None
+    report = run(*what, args.out, parts=args.parts, before=before)
+    return int(any("failed" in row for row in report["rows"] if row["run"] == len(report["runs"])))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def describe(device: str) -> dict:
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("LPMRF_", "OMP_", "THP_"))},
     }
     if cuda:
-        found |= {"cuda": torch.version.cuda, **gpu_state(device, ("driver_version", "clocks.max.sm", *GPU_STATE))}
+        p = torch.cuda.get_device_properties(device)
+        found |= {"capability": f"{p.major}.{p.minor}", "multiprocessors": p.multi_processor_count}
+        found |= {"memory_bytes": p.total_memory, "cuda": torch.version.cuda, "cudnn": torch.backends.cudnn.version()}
+        found |= gpu_state(device, ("driver_version", "clocks.max.sm", "clocks.max.mem", *GPU_STATE))
     elif hasattr(os, "getloadavg"):
         found["load_average"] = round(os.getloadavg()[0], 1)  # what else ran beside it
     return found
@@ -61,9 +64,9 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The checkout's commit, with -dirty where files differ from it."""
+    """The checkout's commit, with -dirty where files differ from it; of a copy without git, what LPMRF_COMMIT says."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("LPMRF_COMMIT", "unknown")

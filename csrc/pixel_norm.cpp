@@ -11,20 +11,26 @@ namespace {
 constexpr int64_t kTile = 4096;   // elements worked on at a time: a few such tiles fit in the first cache
 constexpr int64_t kRows = 64;     // pixels worked on at a time, at most
 constexpr int64_t kColumns = 64;  // the same where channels are planes
+constexpr int64_t kFirstCache = 32768;  // bytes
 
 // ---- rows of channels, sixteen pixels at a time: lane i of a statistic is pixel i's
+
+// How many rows are worked on together: what they are read from and written to is in the first cache for all passes.
+template <class T>
+LPMRF_INLINE int64_t rows_together(int64_t channels) {
+  return std::clamp<int64_t>(kFirstCache / 2 / static_cast<int64_t>(channels * sizeof(T)), 1, kLanes);
+}
 
 // Sums over the channels of f(row, c, count), for each of up to kLanes rows of elements T.
 template <class T, class F>
 LPMRF_INLINE Lanes sums_of_rows(int64_t rows, int64_t channels, const F& f) {
-  Lanes totals[kLanes];
-  for (int64_t r = 0; r < kLanes; ++r) {
-    const int64_t row = std::min(r, rows - 1);
+  Lanes totals[kLanes] = {};
+  for (int64_t row = 0; row < rows; ++row) {
     Pair total = {};
     int64_t c = 0;
     for (; c + kPair <= channels; c += kPair) total = total + f(row, c, kPair);
     if (c < channels) total = total + keep<T>(f(row, c, channels - c), channels - c);
-    totals[r] = total.a + total.b;
+    totals[row] = total.a + total.b;
   }
   return sums(totals);
 }
@@ -57,8 +63,9 @@ LPMRF_INLINE Statistics statistics(const T* x, int64_t rows, int64_t channels, f
 template <class T>
 LPMRF_INLINE void rows_norm(T* y, const T* x, int64_t rows, int64_t channels, const float* weight, const float* bias,
                             float eps, bool centred) {
-  for (int64_t first = 0; first < rows; first += kLanes, x += kLanes * channels, y += kLanes * channels) {
-    const int64_t here = std::min(kLanes, rows - first);
+  const int64_t together = rows_together<T>(channels);
+  for (int64_t first = 0; first < rows; first += together, x += together * channels, y += together * channels) {
+    const int64_t here = std::min(together, rows - first);
     const Statistics s = statistics(x, here, channels, eps, centred);
     for (int64_t r = 0; r < here; ++r) {
       const auto norm = [&](int64_t c, int64_t n) LPMRF_LAMBDA {

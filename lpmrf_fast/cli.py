@@ -16,10 +16,13 @@ DEFAULT_MAX_PIXELS = 2048 * 2048  # lpmrf_fast.restore's, which imports torch; a
 def main(argv: list[str] | None = None) -> int:
     """Run the command; the exit status: 0 all done, 1 something failed, 2 unusable arguments."""
     args = parse(argv)
-    # Both are read when torch is imported. Photos are decoded and encoded in threads beside the networks', which must
-    # not spin while they wait; and huge pages make large tensors several times faster to touch.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    # Both are read when torch is imported. Huge pages make large tensors several times faster to touch. In training,
+    # threads that wait leave the cores to the data workers' processes. Elsewhere they may spin, as OpenMP's do for a
+    # moment: sleeping between a network's small operations, two threads took 0.86 s for one photo in place of 0.59, and
+    # a folder of photos, each on one thread, gained nothing (eight in 5.1 and 6.5 s, and in 5.6 and 6.1 with spinning).
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if args.run is train:
+        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         return args.run(args)
     except KeyboardInterrupt:
@@ -34,7 +37,7 @@ def main(argv: list[str] | None = None) -> int:
         expected = isinstance(error, (OSError, ValueError, RuntimeError, ImportError))
         kind = "" if expected and str(error) else f"{type(error).__name__}: "
         complain(f"{kind}{error}" + ("" if expected else " (LPMRF_DEBUG=1 shows where)"))
-        return 1
+        return getattr(error, "exit_status", 1)  # 2 of errors that say that an argument is to blame
 
 
 def complain(message: str) -> None:
@@ -46,9 +49,11 @@ def complain(message: str) -> None:
 
 
 def restore(args) -> int:
+    from .devices import default_device, default_dtype
     from .pipeline import Pipeline
     from .restore import restore_files
 
+    default_dtype(args.dtype, default_device(args.device))  # refused at once, not where the first photo needs them
     report = restore_files(
         args.sources,
         args.output,

@@ -3,6 +3,7 @@
 import os
 import platform
 import sys
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -76,7 +77,7 @@ def plan(
     elif cost.memory <= free:
         verdict = f"fits: {cost.memory / 1e9:.2f} GB of {free / 1e9:.2f} GB"
     else:
-        most = int((free - cost.weights) / (cost.peak / batch_size))
+        most = int((free - cost.weights) / estimate(pipe, replace(wanted, batch=1)).peak)
         hint = f"at most {most} at once would" if most > 0 else "photos would be cut into tiles"
         verdict = f"does not fit: {cost.memory / 1e9:.2f} GB of {free / 1e9:.2f} GB; {hint}"
     return f"{cost}\n{verdict}"

@@ -63,6 +63,9 @@ STRANGERS = {
 class CheckpointError(ValueError):
     """A checkpoint that cannot be found, read or used: which, what was expected and found, and what to do."""
 
+    exit_status = 2
+    """Of the command line: an argument that cannot be used."""
+
 
 @dataclass
 class Checkpoint:

@@ -85,11 +85,11 @@ def test_every_option_reaches_the_job(run, photos, model, monkeypatch):
 
     monkeypatch.setattr(restore, "restore_files", job)
     monkeypatch.setattr(Pipeline, "from_pretrained", lambda name, **options: loaded.update(options, name=name))
-    options = "--offline --device cuda:3 --steps 3 --seed 4 --batch-size 5 --dtype bf16"
+    options = "--offline --device cpu:0 --steps 3 --seed 4 --batch-size 5 --dtype bf16"
     options += " --ext webp --posterior-mean --overwrite --max-pixels 100M --max-memory 8GB"
     status, *_ = run("restore", "photos", "-o", "out", "--model", model, *options.split())
     assert status == 0 and seen.pop("log")
-    assert loaded == {"name": model, "dtype": "bf16", "device": "cuda:3", "local_files_only": True}
+    assert loaded == {"name": model, "dtype": "bf16", "device": "cpu:0", "local_files_only": True}
     assert seen == {
         "sources": ["photos"],
         "output": Path("out"),
@@ -174,7 +174,7 @@ def test_odd_but_sound_photos_are_restored(run, tmp_path, photos, model):
 def test_an_unwritable_output(run, photos, model):
     Path("out").write_text("a file in the way")
     status, out, (line,) = run("restore", "photos", "-o", "out", "--model", model)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert line.startswith("lpmrf-fast: the output out cannot be written") and "choose another -o" in line
 
 
@@ -207,13 +207,13 @@ def damaged(model: str, how: str) -> str:
 def test_a_wrong_or_damaged_checkpoint(run, photos, model, how):
     name = damaged(model, how)
     status, out, err = run("restore", "photos", "-o", "out", "--model", name)
-    assert (status, out) == (1, "")
+    assert (status, out) == (2, "")
     assert len(err) == 1 and err[0].startswith("lpmrf-fast: ") and name in err[0]
 
 
 def test_an_unknown_model_while_offline(photos):
     result = command("restore", "photos", "-o", "out", "--model", "nobody/no-such-model", HF_HUB_OFFLINE="1")
-    assert (result.returncode, result.stdout) == (1, "")
+    assert (result.returncode, result.stdout) == (2, "")
     (line,) = result.stderr.splitlines()
     assert "nobody/no-such-model" in line and "local folder" in line
 
@@ -255,10 +255,22 @@ def test_unusable_arguments_are_one_line_and_status_2(run, arguments, word):
     assert len(err) == 1 and err[0].startswith("lpmrf-fast: ") and word in err[0]
 
 
-@pytest.mark.parametrize("arguments", [["--device", "cuda:99"], ["--dtype", "fp16", "--device", "cpu"]])
-def test_what_this_machine_cannot_do_is_one_line(run, photos, model, arguments):
-    status, out, err = run("restore", "photos", "-o", "out", "--model", model, *arguments)
-    assert (status, out, len(err)) == (1, "", 1)
+@pytest.mark.parametrize(
+    "options", ["--device cuda:99", "--device xpu:99", "--device mps:99", "--device cpu:7", "--dtype fp16 --device cpu"]
+)
+def test_what_this_machine_cannot_do_is_one_line_and_status_2(run, photos, model, options):
+    for command in ("restore photos -o out", "restore no-such-photo.png -o out", "demo -o out.png"):
+        status, out, (line,) = run(*command.split(), "--model", model, *options.split())
+        assert (status, out) == (2, "") and line.startswith("lpmrf-fast: ")
+    if "--dtype" not in options:
+        status, out, (line,) = run("evaluate", "photos", "--reference", "photos", *options.split())
+        assert (status, out) == (2, "") and "use 'auto' or 'cpu'" in line
+        settings = f"device={options.split()[1]} train=photos val=photos out=run"
+        status, out, (line,) = run("train", "vae", "--config", "demo-vae", "--set", *settings.split())
+        assert (status, out) == (2, "") and "use 'auto' or 'cpu'" in line
+    else:
+        status, out, (line,) = run("doctor", "--plan", "64", "--model", model, *options.split())
+        assert (status, out) == (2, "") and "float16" in line
 
 
 def test_the_cli_repeats_only_what_the_library_says():
@@ -292,10 +304,15 @@ def test_help_is_fast_because_it_imports_no_torch():
 
 def test_thread_and_page_settings_are_made_before_torch_unless_set():
     code = "import os, sys; from lpmrf_fast import cli\n"
-    code += "cli.doctor = lambda args: print('torch' in sys.modules, os.environ['OMP_WAIT_POLICY'])\n"
-    code += "cli.main(['doctor'])"
-    assert command(code=code).stdout == "False passive\n"
-    assert command(code=code, OMP_WAIT_POLICY="active").stdout == "False active\n"
+    code += "names = 'THP_MEM_ALLOC_ENABLE', 'OMP_WAIT_POLICY'\n"
+    code += "show = lambda: print('torch' in sys.modules, *map(os.environ.get, names))\n"
+    code += "cli.train, cli.doctor = lambda args: show(), lambda args: show()\n"
+    code += "cli.main(sys.argv[1:])"
+    training = ("train", "vae", "--config", "demo-vae")
+    assert command("doctor", code=code).stdout == "False 1 None\n"
+    assert command(*training, code=code).stdout == "False 1 passive\n"
+    assert command(*training, code=code, OMP_WAIT_POLICY="active").stdout == "False 1 active\n"
+    assert command("doctor", code=code, THP_MEM_ALLOC_ENABLE="0").stdout == "False 0 None\n"
 
 
 def test_version(run):
@@ -324,14 +341,14 @@ def test_convert_says_what_a_checkpoint_is_and_writes_another(run, photos, model
     status, out, err = run("restore", "photos", "-o", "out", "--steps", "1", "--model", "one.safetensors")
     assert (status, err) == (0, [])
     status, out, (line,) = run("convert", model, "one.safetensors", "--to", "diffusers")
-    assert (status, out) == (1, "") and "one.safetensors: exists, and is not overwritten" in line
+    assert (status, out) == (2, "") and "one.safetensors: exists, and is not overwritten" in line
     status, out, (line,) = run("convert", "photos/a.png")
-    assert (status, out) == (1, "") and "photos/a.png: not a checkpoint; give a folder" in line
+    assert (status, out) == (2, "") and "photos/a.png: not a checkpoint; give a folder" in line
 
 
 def test_a_missing_training_config_is_one_line(run, tmp_path):
     status, out, err = run("train", "vae", "--config", tmp_path / "none.yaml")
-    assert (status, out, len(err)) == (1, "", 1) and "none.yaml" in err[0]
+    assert (status, out, len(err)) == (2, "", 1) and "none.yaml" in err[0]
 
 
 def fail_with(monkeypatch, error):

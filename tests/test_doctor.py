@@ -114,7 +114,7 @@ def test_a_plan_says_what_runs_what_it_costs_and_whether_it_fits(capsys, model, 
 
 
 def test_a_plan_that_does_not_fit_says_what_would(capsys, model):
-    words = ("512", "--model", model, "--steps", "1", "--dtype", "bf16")
+    words = ("512", "--model", model, "--steps", "1", "--dtype", "bf16", "--device", "cuda")
     assert "does not fit: " in plan(capsys, *words, "--batch-size", "64", "--max-memory", "1GB")
     many = plan(capsys, *words, "--batch-size", "64", "--max-memory", "1GB").rsplit("at most ", 1)[1]
     at_once = int(many.split()[0])

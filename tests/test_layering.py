@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 
 # Parts of lpmrf_fast by rank; a part imports parts of lower rank only, parts of one rank do not know each other.
 STAIRCASE = [
-    ["models", "flow", "perceptual", "images"],
+    ["models", "flow", "perceptual", "devices", "images"],
     ["published"],  # how files of others read: names, shapes and configs of the networks
     ["checkpoint"],  # builds the networks that it reads
     ["engine"],

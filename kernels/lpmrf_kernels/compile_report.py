@@ -1,8 +1,9 @@
 """Compiles every registered Triton kernel for GPUs that need not be there, and says what each one uses.
 
-    python -m lpmrf_kernels.compile_report [--targets sm_80,sm_90] [--op euler_step] [--dtype bf16]
+    python -m lpmrf_kernels.compile_report [--targets sm_80,sm_90] [--op euler_step] [--dtype bf16] [--candidates]
 
-Every compile case of every op, and again with every row of the shipped tables (`configs/*.json`) of that target's GPUs.
+Every compile case of every op, and again with every row of the shipped tables (`configs/*.json`) of that target's GPUs;
+with --candidates also the launch choices that `tune` races, upon the cases that it races them at.
 Registers a thread, bytes of stack a thread (a spill shows there), bytes of shared memory a program and the seconds that
 compilation took, out of the compiled code itself. Compilation runs in processes of its own, as many as there are cores,
 because what a target does not support can abort the process: that case is reported as failed and the rest goes on.
@@ -54,16 +55,21 @@ class Compiled:
     stack: int | None = None
     shared: int | None = None
     seconds: float | None = None
-    default: bool = True
     error: str | None = None
+
+    @property
+    def kind(self) -> str:
+        """ "default" of the heuristic, "row" of a shipped table, or "candidate" of `tune`: the label says it."""
+        source = self.label.partition("; ")[2]
+        return "candidate" if source.startswith("candidate ") else "row" if source else "default"
 
     @property
     def fault(self) -> str | None:
         """Why this kernel must not be shipped, None if it may."""
         if self.error:
             return self.error
-        if self.default and self.stack:
-            return f"a default must not need a stack frame, this one has {self.stack} B: smaller tiles, or more warps"
+        if self.kind != "row" and self.stack:
+            return f"a {self.kind} must need no stack frame, this one has {self.stack} B: smaller tiles, or more warps"
         limit = SHARED_MEMORY.get(self.target)
         if limit and self.shared and self.shared > limit:
             return f"{self.shared} B of shared memory, {self.target} has {limit}: smaller tiles, or fewer stages"
@@ -77,11 +83,14 @@ class Compiled:
         return f"{self.target:7} {self.op} [{self.label}]: {fault}{', '.join(known)}"
 
 
-def compile_report(targets=TARGETS, ops=None, dtype: str | None = None, jobs: int | None = None) -> list[Compiled]:
+def compile_report(
+    targets=TARGETS, ops=None, dtype: str | None = None, jobs: int | None = None, candidates: bool = False
+) -> list[Compiled]:
     """Compile each case of these ops (None: all that have a Triton kernel) for each target, in subprocesses.
 
     dtype: only cases with a pointer of this Triton type, such as "bf16" (of an op without one: all). jobs: processes
-    at a time, by default one a core. Raises ValueError for an unknown target or op, RuntimeError without triton.
+    at a time, by default one a core. candidates: those of `tune`, too. Raises ValueError for an unknown target or op,
+    RuntimeError without triton.
     """
     if _triton.MISSING:
         raise RuntimeError(f"compile_report: {_triton.MISSING}")
@@ -98,7 +107,7 @@ def compile_report(targets=TARGETS, ops=None, dtype: str | None = None, jobs: in
             (op.name, label)
             for op in OPS.values()
             if not ops or op.name in ops
-            for label in _of_dtype(cases_of(op, target), dtype)
+            for label in _of_dtype(cases_of(op, target, candidates), dtype)
         ]
         parts = max(1, min(len(cases), -(-jobs // len(targets))))
         work += [(target, cases[first::parts]) for first in range(parts)]
@@ -107,20 +116,24 @@ def compile_report(targets=TARGETS, ops=None, dtype: str | None = None, jobs: in
         return [result for results in done for result in results]
 
 
-def cases_of(op: Op, target: str) -> dict[str, CompileCase]:
-    """What is compiled of an op for this target, by label: its cases, then the shipped tables' rows upon them."""
+def cases_of(op: Op, target: str, candidates: bool = False) -> dict[str, CompileCase]:
+    """What is compiled of an op for this target, by label: its cases, then upon each the rows that the shipped tables
+    have for its launch, or the candidates that `tune` races for it."""
+    tables = {path.stem: json.loads(path.read_text()) for path in sorted(CONFIGS.glob("*.json"))}
+    tables = {name: table for name, table in tables.items() if table.get("target") == target}
+    if candidates:
+        tables["candidate"] = op.candidates
     cases = {case.label: case for case in op.compile_cases()}
     found = dict(cases)
-    for path in sorted(CONFIGS.glob("*.json")):
-        table = json.loads(path.read_text())
-        if table.get("target") != target:
-            continue
+    for source, table in tables.items():
         for case in cases.values():
+            if source == "candidate" and not case.raced:
+                continue
             for row in table.get(case.config or op.name, ()):
                 choice = {k: n for k, n in row.items() if k.isupper() or k in LAUNCH}
                 tiles = {k: n for k, n in choice.items() if k not in LAUNCH}
                 if tiles.keys() <= case.constexprs.keys():
-                    label = f"{case.label}; {path.stem} {' '.join(f'{k}={n}' for k, n in choice.items())}"
+                    label = f"{case.label}; {source} {' '.join(f'{k}={n}' for k, n in choice.items())}"
                     launch = {k: choice[k] for k in LAUNCH if k in choice}
                     found[label] = dataclasses.replace(
                         case, label=label, constexprs={**case.constexprs, **tiles}, **launch
@@ -164,8 +177,8 @@ def _compile(op: str, label: str, target: str) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource, compile
 
-    case = cases_of(OPS[op], target)[label]
-    result = Compiled(op, label, target, default=any(label == case.label for case in OPS[op].compile_cases()))
+    case = cases_of(OPS[op], target, candidates=True)[label]
+    result = Compiled(op, label, target)
     names = case.kernel.arg_names
     types = {**case.signature, **dict.fromkeys(case.constexprs, "constexpr")}
     aligned = {
@@ -206,6 +219,7 @@ def main() -> int:
     parser.add_argument("--targets", default=",".join(TARGETS), help="comma-separated (default: %(default)s)")
     parser.add_argument("--op", action="append", help="only this op; may be repeated")
     parser.add_argument("--dtype", help="only cases with such pointers: fp32, fp16 or bf16")
+    parser.add_argument("--candidates", action="store_true", help="also the launch choices that tune races: for hours")
     parser.add_argument("--jobs", type=int, help="processes at a time (default: one a core)")
     parser.add_argument("--child", metavar="TARGET", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -215,7 +229,9 @@ def main() -> int:
         return 0
     started = time.perf_counter()
     try:
-        results = compile_report(arguments.targets.split(","), arguments.op, arguments.dtype, arguments.jobs)
+        results = compile_report(
+            arguments.targets.split(","), arguments.op, arguments.dtype, arguments.jobs, arguments.candidates
+        )
     except (ValueError, RuntimeError) as error:
         parser.error(str(error))
     print(*results, sep="\n")

@@ -252,10 +252,11 @@ def _refuses_cpp(x, *rest):
     return refuses_dtypes_cpp(x, *rest)
 
 
-def _forward_cases(residual: bool) -> list[CompileCase]:
-    maps, flags = {"x": "x", "r": "residual", "o": "out"}, {"HAS_RESIDUAL": residual, "ADJOIN": True}
+def _forward_cases(op: str) -> list[CompileCase]:
+    maps = {"x": "x", "r": "residual", "o": "out"}
+    flags = {"HAS_RESIDUAL": op == "bias_residual", "ADJOIN": True}
     return [
-        compile_case(_conv_epilogue_fwd_kernel, "forward", dtype, maps, ("bias",), SIZES, flags, TILE)
+        compile_case(_conv_epilogue_fwd_kernel, "forward", dtype, maps, ("bias",), SIZES, flags, TILE, op)
         for dtype in DTYPES.values()
     ]
 
@@ -263,12 +264,12 @@ def _forward_cases(residual: bool) -> list[CompileCase]:
 def _bias_silu_cases() -> list[CompileCase]:
     maps, flags = {"g": "g", "x": "x", "d": "dx"}, {"ADJOIN": True, "BLOCKS": BLOCKS}
     cases = [
-        compile_case(_bias_silu_bwd_kernel, "backward", dtype, maps, ("bias",), SIZES, flags, TILE)
+        compile_case(
+            _bias_silu_bwd_kernel, "backward", dtype, maps, ("bias",), SIZES, flags, TILE, "bias_silu_backward"
+        )
         for dtype in DTYPES.values()
     ]
-    return _forward_cases(False) + [
-        replace(c, signature={**c.signature, "partial_ptr": "*fp32"}, config="bias_silu_backward") for c in cases
-    ]
+    return _forward_cases("bias_silu") + [replace(c, signature={**c.signature, "partial_ptr": "*fp32"}) for c in cases]
 
 
 CANDIDATES = [
@@ -319,7 +320,7 @@ register(
             "torch": Kernel(_torch_bias_residual),
         },
         notes={"backward": "it is g itself, twice, and the sum of g, which PyTorch does in one pass"},
-        compile_cases=lambda: _forward_cases(True),
+        compile_cases=lambda: _forward_cases("bias_residual"),
         candidates={"bias_residual": CANDIDATES},
         tune_inputs=lambda device: _tune_inputs(device, residual=True),
     )

@@ -247,16 +247,21 @@ def channels_last_room(out: Tensor) -> Tensor:
     return torch.empty_like(out, memory_format=torch.channels_last)
 
 
-def compile_case(kernel, label: str, dtype: str, maps: dict[str, str], others, sizes, flags, config) -> CompileCase:
-    """A case at channels-last maps of usual sizes. maps: prefix of a map's strides → name of its pointer."""
+def compile_case(
+    kernel, label: str, dtype: str, maps: dict[str, str], others, sizes, flags, tile, config: str
+) -> CompileCase:
+    """A case at channels-last maps of usual sizes. maps: prefix of a map's strides → name of its pointer. config: the
+    launch's name."""
     strides = [f"stride_{t}{d}" for t in maps for d in STRIDES]
     return CompileCase(
         f"{dtype} {label}",
         kernel,
         {**{f"{t}_ptr": f"*{dtype}" for t in (*maps.values(), *others)}, **dict.fromkeys((*sizes, *strides), "i32")},
-        {**{f"stride_{t}c": 1 for t in maps}, **flags, **{k: n for k, n in config.items() if k != "num_warps"}},
-        config["num_warps"],
+        {**{f"stride_{t}c": 1 for t in maps}, **flags, **{k: n for k, n in tile.items() if k != "num_warps"}},
+        tile["num_warps"],
         aligned=True,
+        config=config,
+        raced=dtype == "bf16",
     )
 
 
@@ -271,6 +276,7 @@ def backward_case(dtype: str) -> CompileCase:
         ("channels", "height", "width"),
         {},
         BACKWARD_DEFAULT,
+        "depthwise_backward",
     )
     return replace(case, signature={**case.signature, "partial_ptr": "*fp32"})
 

@@ -420,27 +420,27 @@ def _refuses_cpp(x, *rest):
 
 def _geglu_cases() -> list[CompileCase]:
     kernels = (
-        (_geglu_fwd_kernel, "forward", {"x": "x", "o": "out"}),
-        (_geglu_bwd_kernel, "backward", {"g": "g", "x": "x", "d": "dx"}),
+        (_geglu_fwd_kernel, "forward", {"x": "x", "o": "out"}, "geglu"),
+        (_geglu_bwd_kernel, "backward", {"g": "g", "x": "x", "d": "dx"}, "geglu_backward"),
     )
     sizes, flags = ("hidden", "pixels", "width"), {"GATE_FIRST": False, "ADJOIN": True}
     return [
-        compile_case(kernel, label, dtype, maps, (), sizes, flags, TILE)
+        compile_case(kernel, label, dtype, maps, (), sizes, flags, TILE, config)
         for dtype in DTYPES.values()
-        for kernel, label, maps in kernels
+        for kernel, label, maps, config in kernels
     ]
 
 
 def _dwconv_geglu_cases() -> list[CompileCase]:
     kernels = (
-        (_dwconv_geglu_fwd_kernel, "forward", {"x": "x", "o": "out"}),
-        (_dwconv_geglu_bwd_kernel, "backward", {"g": "g", "x": "x", "d": "dconv"}),
+        (_dwconv_geglu_fwd_kernel, "forward", {"x": "x", "o": "out"}, "dwconv_geglu"),
+        (_dwconv_geglu_bwd_kernel, "backward", {"g": "g", "x": "x", "d": "dconv"}, "dwconv_geglu_backward"),
     )
     sizes, flags = ("hidden", "height", "width"), {"HAS_BIAS": True, "GATE_FIRST": True}
     return [
-        compile_case(kernel, label, dtype, maps, ("weight", "bias"), sizes, flags, CONV_TILE)
+        compile_case(kernel, label, dtype, maps, ("weight", "bias"), sizes, flags, CONV_TILE, config)
         for dtype in DTYPES.values()
-        for kernel, label, maps in kernels
+        for kernel, label, maps, config in kernels
     ] + [backward_case(dtype) for dtype in DTYPES.values()]
 
 

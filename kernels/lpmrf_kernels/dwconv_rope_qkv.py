@@ -479,6 +479,7 @@ def _compile_cases() -> list[CompileCase]:
             sizes,
             flags,
             TILE,
+            "dwconv_rope_qkv",
         )
         backward = compile_case(
             _dwconv_rope_qkv_bwd_kernel,
@@ -489,11 +490,13 @@ def _compile_cases() -> list[CompileCase]:
             sizes,
             flags,
             TILE,
+            "dwconv_rope_qkv_backward",
         )
         floats = {"cos_ptr": "*fp32", "sin_ptr": "*fp32", "eps": "fp32"}
+        raced = dtype == "bf16" and flags["HALO"] > 0
         return [
-            replace(forward, signature={**forward.signature, **floats}),
-            replace(backward, signature={**backward.signature, **floats, "along_ptr": "*fp32"}),
+            replace(forward, signature={**forward.signature, **floats}, raced=raced),
+            replace(backward, signature={**backward.signature, **floats, "along_ptr": "*fp32"}, raced=raced),
         ]
 
     convolution = {"HALO": 2, "HAS_BIAS": True, "HAS_SCALE": False}

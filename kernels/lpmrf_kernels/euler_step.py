@@ -119,6 +119,7 @@ def _compile_cases() -> list[CompileCase]:
                 "dt": "fp32",
             },
             {"FLAT": flat, "BLOCK": 1024},
+            raced=dtype == "bf16" and flat,
         )
         for dtype in V_DTYPES.values()
         for flat in (True, False)

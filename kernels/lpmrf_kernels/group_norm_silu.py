@@ -538,7 +538,11 @@ def _compile_cases() -> list[CompileCase]:
             divisible = [name for name in signature if name.endswith("_ptr") or name.startswith(multiples)]
             label = f"{kernel.__name__.strip('_')}, {dtype}, {channels} {'channels-last' if channels_last else 'NCHW'}"
             config = "group_norm_silu_sums" if tile is sums else None
-            cases.append(CompileCase(label, kernel, signature, constants, num_warps, divisible, config=config))
+            cases.append(
+                CompileCase(
+                    label, kernel, signature, constants, num_warps, divisible, config=config, raced=dtype == "bf16"
+                )
+            )
     return cases
 
 

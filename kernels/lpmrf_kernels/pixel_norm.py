@@ -418,7 +418,10 @@ def _compile_cases(norm: PixelNorm) -> list[CompileCase]:
                 for name in signature
                 if name.endswith("_ptr") or name.startswith(("stride_", "channels", "pixels"))
             ]
-            cases.append(CompileCase(label, kernel, signature, constants, num_warps, divisible, config=config))
+            raced = dtype == "bf16" and channels_last and channels < MAX_CHANNELS
+            cases.append(
+                CompileCase(label, kernel, signature, constants, num_warps, divisible, config=config, raced=raced)
+            )
     return cases
 
 

@@ -61,6 +61,8 @@ class CompileCase:
     """None: Triton's own default."""
     config: str | None = None
     """The name that the launcher gives to `launch_config`, None: the op's."""
+    raced: bool = False
+    """Whether `tune` races the launch's candidates on such inputs: the report compiles them upon this case."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from concurrent.futures import Future
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ GPU_BATCH = 32
 CPU_BATCH = 8
 RESERVE = 0.9
 """Share of the free memory that batches are planned for."""
+
+
+CLOSED = "this engine is closed; make another one"
 
 
 class OutOfMemory(RuntimeError):
@@ -74,21 +78,24 @@ class Engine:
     batch_size: photos of one padded size that run together at most. None: as many as memory holds, up to 32 on a GPU,
         and on a CPU up to one a thread and 8. A GPU's batches are padded to powers of two; on a CPU every photo runs by
         itself, those of a batch side by side, each on its share of the threads.
-    max_memory: bytes, or text such as "8GB", that weights, activations and graphs may take; None: what is free.
+    max_memory: bytes, or text such as "8GB", that weights, activations and graphs may take, as predicted; a photo of
+        which not even a tile fits is refused with OutOfMemory. None: what is free.
     mode: see `plan.MODES`; None: "graph" on a GPU, "eager" on a CPU.
     deterministic: one padded batch size for all and fixed algorithms, so that a photo's bits do not depend on its
         company; on a CPU, every photo on one thread.
     strict: a graph that cannot be captured raises CaptureError in place of running eagerly; None: as LPMRF_STRICT says.
-    compile: names of networks to put through torch.compile, with its options where it is a dict.
+    compile: one or several names of networks to put through torch.compile, with its options where it is a dict.
     waiting: batches that `submit` queues before it makes the caller wait.
     capturer: what captures graphs, in place of CUDA; for tests.
 
     A bucket (padded batch, exact padded height and width, steps) runs eagerly the first time, which warms it up, and
     is captured the second time; `warm_up` does both at once. All methods may be called from any thread; on a GPU,
-    `restore` works on the caller's current stream. On a CPU the process's memory allocator is told to keep large blocks
-    (`memory.keep_blocks`). Close it, or use it in a `with`.
+    `restore` works on the caller's current stream. The caller's autocast, inference mode and default device change
+    nothing. On a CPU the process's memory allocator is told to keep large blocks (`memory.keep_blocks`). Close it, or
+    use it in a `with`: its thread, once `submit` has started it, keeps it alive.
     """
 
+    @torch.inference_mode(False)  # tensors made in that mode could not be written outside it
     def __init__(
         self,
         pipeline,
@@ -102,20 +109,20 @@ class Engine:
         waiting: int = 2,
         capturer=None,
     ):
-        for name, value in (("batch_size", batch_size), ("waiting", waiting)):
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"Engine: {name} must be an int of at least 1, got {value!r}")
+        batch_size = None if batch_size is None else _at_least_1("batch_size", batch_size)
+        waiting = _at_least_1("waiting", waiting)
         self.device = torch.device(pipeline.device)
         if self.device.type == "cuda":
             self.device = torch.device("cuda", self.device.index or 0)
             capturer = capturer or CudaDevice(self.device)
-        self.mode = mode or ("graph" if capturer else "eager")
+        self.mode = ("graph" if capturer else "eager") if mode is None else mode
         if self.mode not in MODES:
             raise ValueError(f"Engine: mode must be one of {', '.join(MODES)}, got {mode!r}")
         if self.mode == "graph" and not capturer:
             raise ValueError(f"Engine: mode 'graph' needs a CUDA device, these networks are on {self.device}")
-        self.deterministic, self.max_memory = deterministic, max_memory and parse_bytes(max_memory)
+        self.deterministic, self.max_memory = deterministic, None if max_memory is None else parse_bytes(max_memory)
         self.batch_size = batch_size
+        compile = (compile,) if isinstance(compile, str) else compile
         compile = compile if isinstance(compile, Mapping) else dict.fromkeys(compile, {})
         self._prepared = Prepared(pipeline, compile)
         self.stages = self._prepared.stages
@@ -133,7 +140,8 @@ class Engine:
         self._room: Room | None = None
         self._waiting = waiting
         self._worker: Worker | None = None
-        self._closed = False
+        self._closed = self._ended = False
+        """Nothing new is taken; nothing runs any more."""
         self._lock = threading.RLock()
         self._last_use = None
         """Event behind the last use of the static buffers: streams follow one another by it."""
@@ -158,7 +166,7 @@ class Engine:
         static buffers, on the engine's device, good until its next batch; they must fit into one.
         """
         job = self._job(images, num_inference_steps, seeds, view)
-        device = self.device if view else images[0].device
+        device = self.device if view else job.rows[0][0].device
 
         def keep(results):
             return results if view else [t.clone() if t.device == device else t.to(device) for t in results]
@@ -184,7 +192,8 @@ class Engine:
         """Queue a batch in the CPU's memory for the engine's own thread; results are in the CPU's memory too.
 
         While one batch runs, the next is copied in and the last is copied out. Waits while the queue is full. Arguments
-        as for `restore`, errors of the restoration are the future's.
+        as for `restore`, errors of the restoration are the future's. Its callbacks run in the engine's thread, which
+        must not wait for itself: there, `submit` raises RuntimeError while the queue is full, and `close` always.
         """
         job = self._job(images, num_inference_steps, seeds)
         if any(photo.device.type != "cpu" for photo, _ in job.rows):
@@ -200,7 +209,7 @@ class Engine:
 
     def warm_up(self, height: int, width: int, batch: int | None = None, num_inference_steps: int = 25) -> Plan:
         """Run a bucket and capture it now; the plan. Raises as restoring does."""
-        batch = batch or max(1, self.limit(height, width))
+        batch = max(1, self.limit(height, width)) if batch is None else batch
         plan = self.plan(height, width, batch, num_inference_steps)
         for _ in range(2):
             self.replay(plan, num_inference_steps)
@@ -229,12 +238,17 @@ class Engine:
     def close(self, cancel: bool = False) -> None:
         """Finish what was submitted (cancel: only what has begun), end the thread, free graphs and buffers."""
         with self._lock:
-            self._closed, worker = True, self._worker
+            worker = self._worker
+            if worker is not None and worker.here():
+                raise RuntimeError("a future's callback runs in the engine's thread: close the engine in another one")
+            self._closed = True
         if worker is not None:
             worker.close(cancel)
-        self._free()
-        if self._lanes:
-            self._lanes.close()
+        with self._lock:  # a `restore` in another thread ends after the batch that it is at
+            self._ended = True
+            self._free()
+            if self._lanes:
+                self._lanes.close()
 
     def __enter__(self) -> "Engine":
         return self
@@ -247,8 +261,8 @@ class Engine:
     def plan(self, height: int, width: int, batch: int = 1, num_inference_steps: int = 25) -> Plan:
         """How `batch` photos of a size would run together, in one bucket."""
         flow.time_grid(num_inference_steps)
-        H, W = self.stages.padded_size(height, width)
-        limit = max(batch, self.limit(H, W))
+        H, W = self._padded(height, width)
+        limit = max(_at_least_1("batch", batch), self.limit(H, W))
         return Plan(
             batch=limit if self.deterministic else bucket(batch, limit),
             height=H,
@@ -267,7 +281,10 @@ class Engine:
 
     def limit(self, height: int, width: int) -> int:
         """How many photos of a size run together; 0: one is cut into tiles."""
-        return self._memory().limit(*self.stages.padded_size(height, width))
+        return self._memory().limit(*self._padded(height, width))
+
+    def _padded(self, height: int, width: int) -> tuple[int, int]:
+        return self.stages.padded_size(_at_least_1("height", height), _at_least_1("width", width))
 
     @property
     def weight_bytes(self) -> int:
@@ -290,7 +307,8 @@ class Engine:
                     plan = Plan(1, H, W, 1, str(self.device), dtypes(self.stages))
                     per_pixel = estimate(self.stages, plan).peak / plan.pixels
                 batch_size = self.batch_size or (GPU_BATCH if gpu else min(CPU_BATCH, torch.get_num_threads()))
-                self._room = Room(batch_size, self.stages.padded_size, budget, per_pixel)
+                together = torch.get_num_threads() if self._lanes else batch_size
+                self._room = Room(batch_size, self.stages.padded_size, budget, per_pixel, together)
             return self._room
 
     # ---- weights
@@ -332,6 +350,8 @@ class Engine:
     def _compute_here(self, plan: Plan, rows, seeds, steps: int, keep):
         count = plan.batch if rows is None else len(rows)
         with self._lock, self._on_device(), self._in_turn(), use_backend(self._forced or "auto"):
+            if self._ended:
+                raise RuntimeError(CLOSED)
             held = self._bucket(plan)
             buffers = held.buffers
             if self._prepared.changed():
@@ -343,7 +363,8 @@ class Engine:
             elif rows is not None:
                 fill(buffers.pixels, rows)
             if seeds is not None:
-                buffers.seeds[:count].copy_(torch.as_tensor(seeds, dtype=torch.int64))
+                seeds = seeds if isinstance(seeds, Tensor) else torch.tensor(seeds, dtype=torch.int64, device="cpu")
+                buffers.seeds[:count].copy_(seeds)
             if held.photos:
                 self._lanes.run([partial(self._run, plan, photo, steps) for photo in held.photos[:count]])
             else:
@@ -352,6 +373,10 @@ class Engine:
 
     @torch.inference_mode()
     def _run(self, plan: Plan, held: Bucket, steps: int) -> None:
+        with torch.autocast(self.device.type, enabled=False):  # the caller's, which other threads do not have
+            self._run_segments(plan, held, steps)
+
+    def _run_segments(self, plan: Plan, held: Bucket, steps: int) -> None:
         held.buffers.set_grid(steps, self.stages.eps)
         self._region.refresh(held.buffers)
         runs = [segment.run for segment in held.segments]
@@ -365,6 +390,7 @@ class Engine:
                     run()
         held.uses += 1
 
+    @torch.inference_mode(False)
     def _bucket(self, plan: Plan) -> Bucket:
         held = self._buckets.get(plan)
         if held is None:
@@ -383,7 +409,7 @@ class Engine:
 
     def _check_open(self) -> None:
         if self._closed:
-            raise RuntimeError("this engine is closed; make another one")
+            raise RuntimeError(CLOSED)
 
     def _on_device(self):
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
@@ -441,7 +467,18 @@ class Engine:
         sizes = [self.stages.padded_size(*photo.shape[-2:]) for photo, _ in job.left[: self._memory().batch_size]]
         count = next((i for i, size in enumerate(sizes) if size != sizes[0]), len(sizes))
         count = min(count, max(1, self.limit(*sizes[0])))
+        self._check_room(*sizes[0])
         return self.plan(*sizes[0], count, job.steps), count
+
+    def _check_room(self, height: int, width: int) -> None:
+        """Raises OutOfMemory where `max_memory` does not hold one photo, or tile, of a padded size."""
+        room = self._memory()
+        if self.max_memory and height * width > room.pixels:
+            need, given = self.weight_bytes + height * width * room.bytes_per_pixel, self.max_memory
+            raise OutOfMemory(
+                f"max_memory: {width}x{height} pixels take about {need / 1e6:,.0f} MB with the networks,"
+                f" {given / 1e6:,.0f} MB are given; give more, or a smaller picture"
+            )
 
     def _retreat(self, plan: Plan | None, error: Exception) -> str:
         """What to do about a batch that failed: "batch", it may be smaller now; "tiles", or its photos in tiles.
@@ -492,7 +529,11 @@ def dtypes(pipeline) -> tuple[tuple[str, str], ...]:
 def _photos(images) -> list[Tensor]:
     if isinstance(images, Tensor) and images.dim() != 4:
         raise ValueError(f"images must be (N, 3, H, W) or a list of (3, H, W), got the shape {tuple(images.shape)}")
-    photos = list(images)
+    try:
+        photos = list(images)
+    except TypeError:
+        kind = type(images).__name__
+        raise TypeError(f"images must be a tensor (N, 3, H, W) or a list of (3, H, W), got {kind}") from None
     if not photos:
         raise ValueError("there are no images; give at least one")
     for i, photo in enumerate(photos):
@@ -505,12 +546,21 @@ def _photos(images) -> list[Tensor]:
 
 
 def _seeds(seeds, count: int) -> list[int]:
-    if isinstance(seeds, Tensor):
-        seeds = seeds.tolist()
-    seeds = [seeds] * count if isinstance(seeds, int) else list(seeds)
+    seeds = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    seeds = [seeds] * count if isinstance(seeds, Integral) else seeds
+    try:
+        seeds = list(seeds)
+    except TypeError:
+        seeds = [seeds]  # what it is shows below
+    for seed in seeds:
+        if isinstance(seed, bool) or not isinstance(seed, Integral) or not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seeds must be ints of 64 bits, got {seed!r}")
     if len(seeds) != count:
         raise ValueError(f"seeds: {len(seeds)} seeds for {count} images; give one int, or one a photo")
-    for seed in seeds:
-        if isinstance(seed, bool) or not isinstance(seed, int) or not -(2**63) <= seed < 2**63:
-            raise ValueError(f"seeds must be ints of 64 bits, got {seed!r}")
-    return seeds
+    return [int(seed) for seed in seeds]
+
+
+def _at_least_1(name: str, value) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"Engine: {name} must be an int of at least 1, got {value!r}")
+    return int(value)

@@ -91,13 +91,20 @@ class Room:
     """How many photos of a padded size run together, and how large tiles are.
 
     Starts from a prediction, where there is one (bytes of activations a pixel, and a budget), and learns from every
-    failure. rounded(height, width): the size to which a tile would be padded.
+    failure. rounded(height, width): the size to which a tile would be padded. together: photos of a batch that run at
+    the same time at most; the others take next to nothing meanwhile.
     """
 
     def __init__(
-        self, batch_size: int, rounded: Callable, budget: int | None = None, bytes_per_pixel: float | None = None
+        self,
+        batch_size: int,
+        rounded: Callable,
+        budget: int | None = None,
+        bytes_per_pixel: float | None = None,
+        together: float = math.inf,
     ):
-        self.batch_size, self.rounded = batch_size, rounded
+        self.batch_size, self.rounded, self.bytes_per_pixel = batch_size, rounded, bytes_per_pixel
+        self.together = together
         self.pixels = math.inf if budget is None or not bytes_per_pixel else budget / bytes_per_pixel
         """Pixels that fit together, as predicted."""
         self.largest = self.pixels
@@ -109,7 +116,8 @@ class Room:
         """Photos in the largest batch; 0: one does not fit whole, see `tile`."""
         if self.tile(height, width) is not None:
             return 0
-        fits = int(min(self.batch_size, max(1, self.pixels / (height * width))))
+        fits = max(1, self.pixels / (height * width))
+        fits = self.batch_size if fits >= self.together else int(min(self.batch_size, fits))
         return min(fits, self.ceilings.get((height, width), fits))
 
     def shrink(self, height: int, width: int, batch: int) -> bool:

@@ -45,6 +45,7 @@ class Prepared:
                 module.compile(**options)
         tensors = dict((*self.networks.named_parameters(), *self.networks.named_buffers()))
         self._tensors = [tensors[name] for name in self.networks.state_dict()]
+        self._loads = 0
         self._fold()
         self.version = self._count()
 
@@ -58,9 +59,13 @@ class Prepared:
         Raises CheckpointError, a ValueError, for those of another architecture.
         """
         checkpoint.load_tensors(self.networks, tensors)
+        self._loads += 1
 
     def changed(self) -> bool:
-        """Whether a weight was written in place, by anyone, since the last call; what follows from them is then new."""
+        """Whether a weight was written in place since the last call; what follows from them is then new.
+
+        By anyone; into weights that were made in inference mode, which PyTorch does not watch, by `load_state_dict`.
+        """
         version = self._count()
         if version == self.version:
             return False
@@ -69,7 +74,7 @@ class Prepared:
         return True
 
     def _count(self) -> int:
-        return sum(0 if t.is_inference() else t._version for t in self._tensors)
+        return self._loads + sum(0 if t.is_inference() else t._version for t in self._tensors)
 
     def _fold(self) -> None:
         with torch.no_grad():

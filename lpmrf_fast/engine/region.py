@@ -71,7 +71,7 @@ class Buffers:
                 )
             knots = flow.time_grid(num_steps, eps)
             for tensor, values in ((self.times, knots[:-1]), (self.steps, [b - a for a, b in zip(knots, knots[1:])])):
-                tensor[:num_steps].copy_(torch.tensor(values, dtype=tensor.dtype))
+                tensor[:num_steps].copy_(torch.tensor(values, dtype=tensor.dtype, device="cpu"))
             self._grid, self.stale = (num_steps, eps), True
 
 

@@ -249,13 +249,18 @@ class Worker:
         self._thread.start()
 
     def put(self, job: Job) -> None:
-        """Queue a job; waits while as many as may wait do so."""
-        self._room.acquire()
+        """Queue a job; waits while as many as may wait do so, or raises RuntimeError in the worker's own thread."""
+        if not self._room.acquire(blocking=not self.here()):
+            raise RuntimeError("the queue is full, and a future's callback cannot wait; submit in another thread")
         with self._lock:  # nothing may follow the end mark
             if self._closed:
                 self._room.release()
                 raise RuntimeError("this engine is closed; make another one")
             self._queue.put(job)
+
+    def here(self) -> bool:
+        """Whether the caller is the worker's own thread: a future's callback."""
+        return threading.current_thread() is self._thread
 
     def close(self, cancel: bool = False) -> None:
         """Finish what was submitted, or cancel what has not begun, and end the thread."""

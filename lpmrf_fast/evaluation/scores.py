@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from tqdm import tqdm
 
+from ..devices import default_device
 from ..images import SUFFIXES, open_upright, read_rgb
 from .metrics import SlicedWasserstein, mmd, psnr, ssim
 
@@ -385,12 +386,12 @@ def evaluate(
     limit: only the first faces, by name. sheet: where to put a picture of up to 8 faces, from the worst PSNR to the
     best. Raises ValueError where no pair is left.
     """
+    device = default_device(device)
     folders = {"degraded": degraded, "restored": restored} if degraded else {"restored": restored}
     faces, shapes, problems = _paired(folders, reference, limit)
     if not faces:
         why = f": {problems[0]}" if problems else ""
         raise ValueError(f"no face of {restored} has a partner in {reference}; files pair up by stem{why}")
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
     report = Report({}, {name: {} for name in folders})
     running = []
     for metric in METRICS:

@@ -39,6 +39,9 @@ AHEAD = 2
 class JobError(RuntimeError):
     """A job that cannot start; one line."""
 
+    exit_status = 2
+    """Of the command line: an argument that cannot be used."""
+
 
 @dataclass(frozen=True)
 class Failure:

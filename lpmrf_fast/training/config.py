@@ -53,6 +53,9 @@ KINDS = {
 class ConfigError(ValueError):
     """A training configuration that cannot be used; the message names the key and the way out."""
 
+    exit_status = 2
+    """Of the command line: an argument that cannot be used."""
+
 
 def _is(value, kind) -> bool:
     """Whether a value is of an annotated type; whole numbers are numbers, true and false are none, paths are text."""

@@ -29,6 +29,7 @@ except ImportError as error:
     raise ImportError('training needs accelerate: pip install "lpmrf-fast[train]"') from error
 
 from ..checkpoint import CheckpointError, save_model
+from ..devices import default_device
 from .checkpoints import Checkpoints
 from .config import ConfigError, TrainConfig
 from .data import batches
@@ -62,14 +63,9 @@ def learning_rate(step: int, config: TrainConfig) -> float:
 def start_accelerator(device: str) -> tuple[Accelerator, torch.device]:
     """The processes of this run, and this one's device ("auto", "cpu", "cuda:1", ...).
 
-    Raises ConfigError for a device that is not here.
+    Raises DeviceError for a device that is not here.
     """
-    if device != "auto":
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError) as error:
-            said = f"device {device!r} cannot be used ({str(error).splitlines()[0][:100]})"
-            raise ConfigError(f'{said}; "auto" takes a GPU where there is one') from None
+    found = default_device(device)
     if "WORLD_SIZE" not in os.environ:
         # Its state is one a process, and another run of this process may ask for another device.
         AcceleratorState._reset_state(reset_partial_state=True)
@@ -79,7 +75,7 @@ def start_accelerator(device: str) -> tuple[Accelerator, torch.device]:
     accelerator = Accelerator(cpu=device == "cpu", mixed_precision="no", kwargs_handlers=[patient])
     if accelerator.num_processes > 1 or device == "auto":
         return accelerator, accelerator.device
-    return accelerator, torch.device(device)
+    return accelerator, found
 
 
 class Objective(nn.Module):

@@ -32,7 +32,37 @@ def test_rows_of_a_small_run(preset, tmp_path):
     assert all(row["speed_of_naive"] == 1 for (_, provider), row in stages.items() if provider == "naive")
     (queue,) = (row for row in rows if "queue" in row)
     assert queue["queue"] == "2 batches" and 0 <= queue["idle_share"] <= 1
-    assert "x naive" in logged[0] and "2 batches" in logged[-1]
+    assert "x naive" in logged[0] and "2 batches" in logged[-1] and "x naive" not in logged[-1]
+    (about,) = report["runs"]
+    assert about["run"] == 1 and about["command"].startswith("python -m benchmarks.engine")
+    assert about["machine"]["versions"]["torch"] == torch.__version__ and about["networks"]["vae"].startswith("SimVAE")
+    again = engine.run("cpu", preset, 64, [1], [1], False, ["naive"], 0.0, out, parts=["queue"], before=report)
+    assert json.loads(out.read_text()) == again and [about["run"] for about in again["runs"]] == [1, 2]
+    assert [row["run"] for row in again["rows"]] == [1] * (len(again["rows"]) - 1) + [2]
+
+
+def test_rows_are_written_as_they_come(monkeypatch, preset, tmp_path):
+    """A run that is cut off keeps what it has."""
+    out = tmp_path / "engine.json"
+
+    def rows(*_):
+        for i in range(2):
+            yield {"queue": str(i), "batch": 1}
+        assert [row["queue"] for row in json.loads(out.read_text())["rows"]] == ["0", "1"]
+        raise RuntimeError("cut off")
+
+    monkeypatch.setattr(engine, "queue", rows)
+    report = engine.run("cpu", preset, 64, [1], [1], False, None, 0.0, out, parts=["queue"])
+    assert report["rows"][2] == {"queue": "queue", "batch": 0, "failed": "RuntimeError: cut off", "run": 1}
+
+
+def test_an_unknown_provider_is_refused(capsys):
+    with pytest.raises(SystemExit) as end:
+        engine.main(["--device", "cpu", "--only", "engin"])
+    assert (
+        end.value.code == 2
+        and "no provider is called 'engin'; there are naive, engine, eager" in capsys.readouterr().err
+    )
 
 
 def test_the_naive_side_is_pytorchs_own(pipe):
@@ -56,7 +86,8 @@ def test_the_naive_side_is_pytorchs_own(pipe):
 
 
 def test_a_provider_that_fails_is_a_row_and_the_others_go_on(tmp_path):
-    rows = engine.attempted("providers", engine.on_cpu, "no such folder", "cpu", 64, 1, 1, False, ["engine"], 0.0)
+    arguments = ("no such folder", "cpu", 64, 1, 1, False, ["engine"], 0.0)
+    rows = list(engine.attempted("providers", engine.on_cpu, *arguments))
     assert [row["provider"] for row in rows] == ["naive", "engine"]
     assert all("no such folder" in row["failed"] and "\n" not in row["failed"] for row in rows)
     assert "no such folder" in engine.table(rows)

@@ -1,6 +1,10 @@
 """The engine on the CPU, with a tape in place of CUDA graphs: equality, buckets, weights, memory, threads, errors."""
 
+import copy
 import logging
+import os
+import subprocess
+import sys
 import threading
 import weakref
 
@@ -404,10 +408,111 @@ def test_max_memory_sets_batch_and_tiles(pipe):
         peak = fast.estimate(fast.plan(512, 512)).peak
         weights = fast.weight_bytes
         assert fast.limit(512, 512) == 64
-    with pipe.engine(batch_size=64, max_memory=weights + 3 * peak + 1000) as fast:
+    with pipe.engine(batch_size=64, max_memory=weights + 3 * peak + 1000, capturer=Tape()) as fast:
         assert fast.limit(512, 512) == 3 and fast.limit(1024, 1024) == 0 and fast.plan(512, 512, 3).batch == 3
     with pipe.engine(max_memory="1kB") as fast:
         assert fast.limit(512, 512) == 0 and fast.limit(128, 128) == 1
+
+
+def test_max_memory_that_holds_no_tile_is_one_clear_error(pipe, photos):
+    with pipe.engine(max_memory="1MB") as fast:
+        for call in (fast.restore, lambda *a: fast.submit(*a).result(60)):
+            for size, shown in (((64, 64), "64x64"), ((600, 600), "256x256")):
+                with pytest.raises(OutOfMemory, match=f"max_memory: {shown} pixels take .* 1 MB are given") as caught:
+                    call(photos(size), 1)
+                assert "\n" not in str(caught.value)
+
+
+def test_on_a_cpu_a_batch_takes_the_memory_of_those_that_run_at_once(pipe):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        with pipe.engine(batch_size=32) as fast:
+            one, two, many = (fast.estimate(fast.plan(128, 128, batch)) for batch in (1, 2, 32))
+            peak, weights = one.peak, fast.weight_bytes
+        assert two.peak == pytest.approx(2 * one.peak, rel=0.01) and two.peak < many.peak < 8 * one.peak
+        assert many.flops == pytest.approx(32 * one.flops)
+        with pipe.engine(batch_size=32, max_memory=weights + 3 * peak * 16) as fast:
+            assert fast.limit(512, 512) == 32  # memory for three, of which two run at once
+        with pipe.engine(batch_size=32, max_memory=weights + peak * 16 * 3 // 2) as fast:
+            assert fast.limit(512, 512) == 1
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/clear_refs"), reason="no /proc")
+def test_memory_on_a_cpu_is_not_more_than_predicted():
+    """The process's peak against the prediction, by which batches are chosen."""
+    code = """if True:
+        import torch
+        from lpmrf_fast.engine.memory import give_back
+        from lpmrf_fast.pipeline import Pipeline
+
+        def status(name):
+            lines = open("/proc/self/status").read().splitlines()
+            return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
+
+        torch.set_num_threads(1)
+        with Pipeline.from_pretrained(dtype="fp32").engine() as fast:
+            fast.restore(torch.zeros(1, 3, 128, 128, dtype=torch.uint8), 1)
+            predicted = fast.estimate(fast.plan(512, 512, 1, 1)).peak
+            give_back(torch.device("cpu"))
+            before = status("VmRSS")
+            open("/proc/self/clear_refs", "w").write("5")
+            fast.restore(torch.zeros(1, 3, 512, 512, dtype=torch.uint8), 1)
+            print(status("VmHWM") - before, predicted)
+    """
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    taken, predicted = map(int, result.stdout.split())
+    assert predicted / 4 < taken < predicted
+
+
+# ---- the caller's surroundings
+
+
+def test_what_the_caller_has_set_changes_nothing(pipe, photos):
+    """Autocast, inference mode, the default device and dtype: the engine's other threads do not have them."""
+    images = photos((64, 64), (50, 60))
+    with pipe.engine(batch_size=2) as fast:
+        expected = fast.restore(images, STEPS, [3, 4]).images
+
+        def same(engine=fast):
+            return all(torch.equal(a, b) for a, b in zip(engine.restore(images, STEPS, [3, 4]).images, expected))
+
+        with torch.autocast("cpu", torch.bfloat16):
+            assert same() and same(pipe.engine(batch_size=2))
+        with torch.device("meta"):
+            assert same() and same(pipe.engine(batch_size=2))
+        torch.set_default_dtype(torch.float64)
+        try:
+            assert same() and same(pipe.engine(batch_size=2))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        with torch.inference_mode():
+            other = pipe.engine(batch_size=2)
+            assert same() and same(other)
+        assert same() and same(other)
+        other.load_state_dict(fast.state_dict())
+        assert same(other)
+
+
+def test_weights_that_were_made_in_inference_mode_can_be_replaced(pipe, photos, levels):
+    (image,) = photos((64, 64))
+    with torch.inference_mode():
+        other = copy.deepcopy(pipe)
+        for network in other.modules.values():
+            for name, p in list(network.named_parameters()):
+                owner, _, last = name.rpartition(".")
+                setattr(network.get_submodule(owner), last, nn.Parameter(p * 1.0, requires_grad=False))
+    with other.engine() as fast:
+        assert next(fast.stages.velocity.parameters()).is_inference()
+        fast.restore([image], STEPS)
+        changed = {k: t * 1.1 if t.is_floating_point() else t for k, t in pipe.engine().state_dict().items()}
+        fast.load_state_dict(changed)
+        with pipe.engine() as expected:
+            expected.load_state_dict(changed)
+            assert levels(fast.restore([image], STEPS).images[0], expected.restore([image], STEPS).images[0]) <= 1
 
 
 # ---- no global state
@@ -454,6 +559,58 @@ def test_results_of_real_networks_from_two_engines_and_threads(pipe, photos):
     assert not [t for t in threading.enumerate() if t.name == "lpmrf-engine"]
 
 
+def test_closing_while_another_thread_restores_ends_it_and_leaves_nothing_behind(photos):
+    begun, go_on, errors = threading.Event(), threading.Event(), []
+
+    class Slow(nn.Module):
+        def forward(self, y):
+            if not y.is_meta:
+                begun.set()
+                assert go_on.wait(30)
+            return y
+
+    fast = PMRFPipeline(Slow(), Towards()).engine(batch_size=1)
+
+    def work():
+        try:
+            fast.restore(torch.stack(photos(*[(8, 8)] * 5)), 1)
+        except RuntimeError as error:
+            errors.append(str(error))
+
+    threads = [threading.Thread(target=work), threading.Thread(target=fast.close)]
+    threads[0].start()
+    assert begun.wait(30)
+    threads[1].start()
+    threads[1].join(0.1)  # it waits for the batch
+    assert threads[1].is_alive()
+    go_on.set()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive()
+    assert set(errors) <= {"this engine is closed; make another one"} and not fast._buckets
+
+
+def test_a_futures_callback_never_waits_for_its_own_thread(photos):
+    gate, said, done = threading.Event(), [], threading.Event()
+    image = photos((8, 8))
+    with constant().engine(waiting=1) as fast:
+
+        def follow(_):
+            assert gate.wait(30)
+            for call in (fast.close, lambda: fast.submit(image, 1), lambda: fast.submit(image, 1)):
+                try:
+                    call()
+                except RuntimeError as error:
+                    said.append(str(error))
+            done.set()
+
+        fast.submit(image, 1).add_done_callback(follow)
+        gate.set()
+        assert done.wait(30)
+        assert fast.submit(image, 1).result(60).finite.all()
+    assert len(said) == 2 and "close the engine in another" in said[0] and "queue is full" in said[1]
+
+
 def test_closing(photos):
     fast = constant().engine()
     future = fast.submit(photos((8, 8)), 1)
@@ -481,12 +638,15 @@ IMAGE = torch.zeros(1, 3, 8, 8, dtype=torch.uint8)
         (dict(images=IMAGE[:, :1]), ValueError, r"image 0: must be \(3, H, W\), RGB"),
         (dict(images=IMAGE[..., :0]), ValueError, "with pixels, got the shape"),
         (dict(images=[]), ValueError, "give at least one"),
+        (dict(images=None), TypeError, "images must be a tensor .* got NoneType"),
         (dict(num_inference_steps=0), ValueError, "steps must be at least 1, got 0"),
         (dict(num_inference_steps=-1), ValueError, "steps must be at least 1, got -1"),
         (dict(num_inference_steps=2.0), TypeError, "steps must be an int"),
         (dict(seeds=[1, 2]), ValueError, "2 seeds for 1 images"),
         (dict(seeds=[2**63]), ValueError, "ints of 64 bits, got 9223372036854775808"),
         (dict(seeds=[1.5]), ValueError, "ints of 64 bits"),
+        (dict(seeds=None), ValueError, "ints of 64 bits, got None"),
+        (dict(seeds=True), ValueError, "ints of 64 bits, got True"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
 )
@@ -500,16 +660,38 @@ def test_arguments_that_cannot_be_used(method, arguments, error, message):
     "options, message",
     [
         (dict(batch_size=0), "batch_size must be an int of at least 1"),
+        (dict(batch_size=True), "batch_size must be an int of at least 1, got True"),
         (dict(waiting=0), "waiting must be an int of at least 1"),
+        (dict(waiting=None), "waiting must be an int of at least 1, got None"),
+        (dict(mode=""), "mode must be one of graph, step, eager, got ''"),
+        (dict(max_memory=0), "such as 8GB or 800MiB, got 0"),
         (dict(mode="graph"), "mode 'graph' needs a CUDA device, these networks are on cpu"),
         (dict(mode="fast"), "mode must be one of graph, step, eager"),
         (dict(max_memory="much"), "such as 8GB or 800MiB, got 'much'"),
         (dict(compile=["vea"]), "no network is called 'vea'"),
+        (dict(compile="vea"), "no network is called 'vea'"),
     ],
 )
 def test_options_that_cannot_be_used(options, message):
     with pytest.raises(ValueError, match=message):
         Engine(constant(), **options)
+
+
+@pytest.mark.parametrize("arguments", [(0, 8), (8, -1), (8.5, 8), (8, 8, 0), (8, 8, True)])
+def test_buckets_that_cannot_be(arguments):
+    with constant().engine() as fast:
+        for call in (fast.plan, fast.warm_up, lambda *a: fast.limit(*a[:2]))[: 2 if len(arguments) > 2 else 3]:
+            with pytest.raises(ValueError, match="Engine: (height|width|batch) must be an int of at least 1, got"):
+                call(*arguments)
+
+
+def test_seeds_and_images_as_programs_have_them(photos):
+    images = photos((8, 8), (8, 8))
+    with constant(noise_std=0.1).engine(batch_size=2) as fast:
+        expected = fast.restore(images, 1, [5, 5]).images
+        for seeds in (5, np.int64(5), np.array([5, 5]), torch.tensor([5, 5]), torch.tensor(5), (5, 5)):
+            for given in (images, tuple(images), (image for image in images)):
+                assert all(torch.equal(a, b) for a, b in zip(fast.restore(given, 1, seeds).images, expected))
 
 
 def test_it_says_what_it_is(pipe):

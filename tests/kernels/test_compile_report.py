@@ -37,8 +37,9 @@ def test_every_op_has_labels_of_its_own():
         (Compiled("op", "x", "sm_90", error="CompilationError"), "CompilationError"),
         (Compiled("op", "x", "sm_90", registers=255, stack=8, shared=0), "stack frame, this one has 8 B"),
         (Compiled("op", "x", "sm_86", 32, 0, 100 * 1024), "102400 B of shared memory, sm_86 has 101376"),
-        (Compiled("op", "x", "gfx942", 32, 0, 65 * 1024, default=False), "gfx942 has 65536"),
-        (Compiled("op", "x", "sm_90", 32, 8, 100 * 1024, default=False), None),
+        (Compiled("op", "x; ACME BLOCK=1", "gfx942", 32, 0, 65 * 1024), "gfx942 has 65536"),
+        (Compiled("op", "x; ACME BLOCK=1", "sm_90", 32, 8, 100 * 1024), None),
+        (Compiled("op", "x; candidate BLOCK=1", "sm_90", 32, 8, 0), "a candidate must need no stack frame"),
         (Compiled("op", "x", "sm_80", 32, 0, 163 * 1024), None),
     ],
 )
@@ -54,6 +55,25 @@ def test_rows_of_shipped_tables_are_cases_of_their_target(monkeypatch, tmp_path)
     assert len(plain) == 6 and len(tuned) == 12  # an older kernel's TILE is passed over, as launch_config does
     case = tuned["bf16 v, flat; ACME BLOCK=512 num_warps=2"]
     assert case.constexprs == {"FLAT": True, "BLOCK": 512} and case.num_warps == 2
+
+
+def test_every_candidate_is_compiled_upon_a_case_of_its_launch():
+    for op in OPS.values():
+        raced = {case.config or op.name: case for case in op.compile_cases() if case.raced}
+        labels = cases_of(op, "sm_90", candidates=True).keys() - cases_of(op, "sm_90").keys()
+        for name, choices in op.candidates.items():
+            assert name in raced, f"{op.name}: no case of the launch {name} is marked as raced"
+            for choice in choices:
+                text = f"{raced[name].label}; candidate {' '.join(f'{k}={n}' for k, n in choice.items())}"
+                assert text in labels, text
+
+
+def test_a_backward_is_not_compiled_with_its_forwards_rows(monkeypatch, tmp_path):
+    row = {"hidden": 9, "ROWS": 4, "BLOCK_W": 8, "BLOCK_C": 64, "num_warps": 8}
+    (tmp_path / "ACME.json").write_text(json.dumps({"target": "sm_89", "dwconv_geglu": [row]}))
+    monkeypatch.setattr(compile_report, "CONFIGS", tmp_path)
+    tuned = [label for label in cases_of(OPS["dwconv_geglu"], "sm_89") if "ACME" in label]
+    assert len(tuned) == 3 and all(" forward; ACME" in label for label in tuned)
 
 
 def test_a_compiler_that_dies_is_a_line_of_the_report(monkeypatch):

@@ -10,6 +10,7 @@ from PIL import Image
 pytest.importorskip("cv2")
 pytest.importorskip("yaml")
 from lpmrf_fast.checkpoint import load_model
+from lpmrf_fast.devices import DeviceError
 from lpmrf_fast.models import HDiT, SwinIR
 from lpmrf_fast.pipeline import PMRFPipeline
 from lpmrf_fast.training.config import ConfigError, TrainConfig
@@ -133,7 +134,7 @@ def test_a_network_of_another_stage_is_one_clear_line(folder, trained, tmp_path)
 
 def test_a_device_or_a_folder_that_is_not_there_is_one_clear_line(folder, tmp_path):
     for device in ("cuda:99", "tpu"):
-        with pytest.raises(ConfigError, match=f"device '{device}' cannot be used .* takes a GPU where there is one"):
+        with pytest.raises(DeviceError, match=f"device.* '{device}'.*; use 'auto'"):
             Trainer("vae", config(folder, tmp_path, model=VAE, device=device))
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="out: .*file cannot be a folder"):
