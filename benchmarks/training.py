@@ -193,6 +193,7 @@ def measure(what: str, preset: str, device: str, precision: str, seconds: float,
                         return clock(lambda: step(found, batch), device)[0]
 
                 row["first_step_seconds"] = once()
+                print(f"{what}, {name}: first step {row['first_step_seconds']:.1f} s", file=sys.stderr, flush=True)
                 if not options.get("compile") or cuda:  # the CPU's count does not look into compiled code
                     row["peak_bytes"] = peak_bytes(found, batch, context, device)
                 if cuda:  # one at a time: they need the memory
@@ -241,6 +242,7 @@ def main(argv=None) -> int:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--preset", choices=CASES, help="sizes (default: full on a GPU, small on a CPU)")
     parser.add_argument("--cases", nargs="+", help="of them, by name (default: all)")
+    parser.add_argument("--providers", nargs="+", choices=PROVIDERS, help="of them, by name (default: see --compile)")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--compile", action="store_true", help="through torch.compile as well: minutes of compiling")
     parser.add_argument("--seconds", type=float, default=5.0, help="of steps for every provider (default: %(default)s)")
@@ -251,6 +253,7 @@ def main(argv=None) -> int:
         if name not in CASES[preset]:
             parser.error(f"no case {name!r}; there are {', '.join(CASES[preset])}")
     chosen = [name for name, (_, options) in PROVIDERS.items() if args.compile or "compile" not in options]
+    chosen = args.providers or chosen
     report = {"preset": preset, "precision": args.precision, "machine": machine.describe(args.device), "rows": []}
     for what in args.cases or CASES[preset]:
         for row in measure(what, preset, args.device, args.precision, args.seconds, chosen):
