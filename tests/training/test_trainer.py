@@ -150,7 +150,8 @@ def test_decoder_refines_beside_a_critic_and_the_encoder_stays(folder, trained, 
     for (name, a), b in zip(before.state_dict().items(), after.state_dict().values()):
         assert torch.equal(a, b) == name.startswith("encoder."), name
     critic = losses(tmp_path, "critic")
-    assert critic[-1] < critic[0] and "adversarial" in (tmp_path / "log.jsonl").read_text()
+    # It learns, and what it judges learns against it.
+    assert min(critic) < 0.95 * critic[0] and "adversarial" in (tmp_path / "log.jsonl").read_text(), critic
 
 
 def test_vae_records_shift_and_scale_of_its_latents(folder, trained):
