@@ -609,7 +609,7 @@ def _race_providers(device: torch.device, measure: Callable[[Callable], float]) 
     return {"attention_providers": rows}
 
 
-# 128 queries spill in four warps, those of the forward with 128 keys: the compile report says so.
+# 128 queries spill in four warps, in the forward only with 128 keys: `compile_report --candidates` says so.
 _FORWARD = [
     choice
     for choice in choices(BLOCK_M=(64, 128), BLOCK_N=(64, 128), STAGES=(2, 3), num_warps=(4, 8))
