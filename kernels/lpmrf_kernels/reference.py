@@ -85,13 +85,11 @@ def layer_norm_2d(
     if residual is not None:
         x = x + residual
     # For a channels-last x this view is contiguous: PyTorch's own kernel, float32 inside, no copy.
-    y = F.layer_norm(
-        x.permute(0, 2, 3, 1),
-        (x.shape[1],),
-        None if weight is None else weight.to(x.dtype),
-        None if bias is None else bias.to(x.dtype),
-        eps,
-    ).permute(0, 3, 1, 2)
+    rows = x.permute(0, 2, 3, 1)
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        rows = _upcast(rows)  # its backward there adds up the gradients of weight and bias in the precision of the rows
+    weight, bias = (None if p is None else p.to(rows.dtype) for p in (weight, bias))
+    y = F.layer_norm(rows, (x.shape[1],), weight, bias, eps).to(x.dtype).permute(0, 3, 1, 2)
     return y if residual is None else (x, y)
 
 

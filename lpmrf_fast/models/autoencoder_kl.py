@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import lpmrf_kernels as ops
 
 from .config import records_config
-from .layers import GroupNorm
+from .layers import GroupNorm, nearest_2x
 
 _PUBLISHED = dict(
     in_channels=3,
@@ -90,7 +90,7 @@ class Upsampler(nn.Module):
         self.conv = conv3x3(channels, channels)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return self.conv(nearest_2x(x))
 
 
 class Level(nn.Module):

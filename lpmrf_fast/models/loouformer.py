@@ -20,6 +20,7 @@ from .layers import (
     GaussianFourierProjection,
     MappingNetwork,
     RMSNorm2d,
+    nearest_2x,
     pointwise,
     zero_,
 )
@@ -178,7 +179,7 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         if self.method == "interpolate":
-            x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+            x = self.conv(nearest_2x(x))
         else:
             x = F.pixel_shuffle(self.conv(x), 2)
         return torch.lerp(skip, x, self.fac.to(x.dtype))

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 import lpmrf_kernels as ops
 
 from .config import records_config
-from .layers import GroupNorm, LayerNorm2d, conv_residual, conv_silu
+from .layers import GroupNorm, LayerNorm2d, conv_residual, conv_silu, nearest_2x
 
 PRESETS = {
     name: dict(
@@ -68,7 +68,7 @@ class Upsampler(nn.Module):
         if self.method == "pixel_shuffle":
             return nn.functional.pixel_shuffle(self.conv(x), 2)
         if torch.is_grad_enabled():  # in training the weight changes every step
-            return self.conv(nn.functional.interpolate(x, scale_factor=2.0, mode="nearest"))
+            return self.conv(nearest_2x(x))
         return ops.upsample_conv(x, self.conv.weight, self.conv.bias, self.folded())
 
     def folded(self) -> Tensor | None:

@@ -13,7 +13,7 @@ import lpmrf_kernels as ops
 from lpmrf_kernels.reference import shift_mask
 
 from .config import records_config
-from .layers import Linear
+from .layers import LayerNorm, Linear, nearest_2x
 
 RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
@@ -82,9 +82,9 @@ class Block(nn.Module):
             min(window_size, *resolution),
             shift if min(resolution) > window_size else 0,
         )
-        self.norm1 = nn.LayerNorm(dim)
+        self.norm1 = LayerNorm(dim)
         self.attn = WindowAttention(dim, self.window_size, num_heads, qkv_bias, qk_scale)
-        self.norm2 = nn.LayerNorm(dim)
+        self.norm2 = LayerNorm(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio))
         # The official state dict has it; the op computes it, for maps of any size.
         mask = shift_mask(*resolution, self.window_size, self.shift) if self.shift else None
@@ -140,7 +140,7 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, dim: int, norm: bool):
         super().__init__()
-        self.norm = nn.LayerNorm(dim) if norm else None
+        self.norm = LayerNorm(dim) if norm else None
 
 
 class SwinIR(nn.Module):
@@ -228,7 +228,7 @@ class SwinIR(nn.Module):
             )
             for depth, heads in zip(depths, num_heads)
         )
-        self.norm = nn.LayerNorm(embed_dim)
+        self.norm = LayerNorm(embed_dim)
         self.conv_after_body = residual_convolution(embed_dim, resi_connection)
 
         width = 64
@@ -299,7 +299,7 @@ class SwinIR(nn.Module):
         else:
             x = self.conv_before_upsample(x)
             for i in range(int(math.log2(self.sf))):
-                x = F.interpolate(x, scale_factor=2.0, mode="nearest")
+                x = nearest_2x(x)
                 x = F.leaky_relu(getattr(self, f"conv_up{i + 1}")(x), 0.2)
             x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
         return x / self.img_range + mean

@@ -36,6 +36,8 @@ class LatentCache:
         start = config.condition or config.source
         if start != "posterior-mean":
             recipe["start"] = start
+        if config.jitter:
+            recipe["jitter"] = config.jitter
         folder.mkdir(parents=True, exist_ok=True)
         recipe_file = folder / "recipe.json"
         if not recipe_file.exists() or json.loads(recipe_file.read_text()) != recipe:
@@ -55,6 +57,7 @@ class LatentCache:
         faces = Faces(
             *(paths, config.size, len(paths), p, config.ranges),
             shuffle=False,
+            jitter=config.jitter,
             memory=0,
             unusable=Path(config.out) / "left-out.txt",
         )

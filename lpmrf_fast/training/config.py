@@ -37,7 +37,7 @@ LEAST = {
     **dict.fromkeys(("log_every", "save_every", "val_every", "val_images"), 1),
     **dict.fromkeys(("workers", "cache", "warmup", "warmup_from", "lr_min", "weight_decay", "kl_weight"), 0),
     **dict.fromkeys(("perceptual_weight", "lpips_weight", "adversarial_weight"), 0),
-    **dict.fromkeys(("noise_std", "latent_noise", "recolour", "seed"), 0),
+    **dict.fromkeys(("noise_std", "latent_noise", "recolour", "jitter", "seed"), 0),
 }
 KINDS = {
     str: "text",
@@ -104,6 +104,8 @@ class TrainConfig:
     crop: int | None = None
     """Side of random crops; none: whole faces. Smaller images are left out and listed."""
     flip: bool = True
+    jitter: float = 0.0
+    """Faces are turned (radians), grown and moved (shares) by up to this, each drawn anew; small sets gain by it."""
     degradation: str | dict = "blind-face"
     """A preset's name, or ranges: sigma, r, delta, q (pairs), kernel_size; `preset: NAME` in them starts from one."""
     degrade_on: str = "cpu"
@@ -213,6 +215,8 @@ class TrainConfig:
             raise ConfigError('fsdp and optimizer "muon" do not go together: it needs whole matrices; use "adamw"')
         if self.crop is not None and self.crop > self.size:
             raise ConfigError(f"crop {self.crop} is larger than size {self.size}")
+        if self.jitter > 0.5:
+            raise ConfigError(f"jitter must be at most 0.5, got {self.jitter}")
         if not 0 <= self.decay <= 1 or not 0 <= self.ema_decay < 1 or not 0 < self.lr < math.inf:
             raise ConfigError("decay must be in [0, 1], ema_decay in [0, 1) and lr positive")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -14,7 +14,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..images import SUFFIXES, open_upright, read_rgb
-from .degradation import Ranges, TwoStage, degrade, draw
+from .degradation import Ranges, TwoStage, degrade, draw, turned
 
 
 @dataclass(frozen=True, order=True)
@@ -99,7 +99,7 @@ def read_image(path: Path | Member, size: int, least: int = 1) -> np.ndarray:
 class Faces(Dataset):
     """Item n is a pair (clean, degraded) of (3, s, s) uint8 tensors, or clean alone where `ranges` is None.
 
-    Epochs are passes over a permutation; permutation, crop, flip and degradation follow from (seed, n) alone. Every
+    Epochs are passes over a permutation; it, crop, flip, jitter and degradation follow from (seed, n) alone. Every
     worker keeps the decoded files it has seen, where `memory` bytes are enough for all (a part of them would rarely be
     met again). An image that cannot be used is replaced by the next one that can, and named on stderr and in
     `unusable`, a file. Not `applied`, the degradation comes as it was drawn, with the place of the crop, in place of
@@ -116,12 +116,14 @@ class Faces(Dataset):
         crop: int | None = None,
         flip: bool = False,
         shuffle: bool = True,
+        jitter: float = 0.0,
         memory: float = 1e9,
         applied: bool = True,
         unusable: Path | None = None,
     ):
         self.paths, self.size, self.samples, self.seed = paths, size, samples, seed
         self.ranges, self.crop, self.flip, self.shuffle, self.applied = ranges, crop, flip, shuffle, applied
+        self.jitter = jitter
         self.kept, self.keep = {}, len(paths) * size * size * 3 <= memory
         self.unusable, self.left_out = unusable, set()
 
@@ -160,6 +162,8 @@ class Faces(Dataset):
         clean = self._image(i)
         if self.flip and rng.random() < 0.5:
             clean = clean[:, ::-1]
+        if self.jitter:
+            clean = turned(clean, *(rng.uniform(-1, 1, 4) * self.jitter))
         drawn = None if self.ranges is None else draw(rng, self.ranges)
         pair = [clean] if drawn is None or not self.applied else [clean, degrade(np.ascontiguousarray(clean), drawn)]
         y, x, side = 0, 0, self.crop or self.size

@@ -286,3 +286,14 @@ def degrade(image: np.ndarray, params: dict) -> np.ndarray:
         x = getattr(operations, name)(x, *arguments)
     x = np.clip(np.rint(x), 0, 255).astype(np.uint8)
     return np.ascontiguousarray(x[..., ::-1])
+
+
+def turned(image: np.ndarray, angle: float, growth: float, right: float, down: float) -> np.ndarray:
+    """An image (H, W, 3) turned counter-clockwise by `angle` (radians) and grown by 1 + `growth` about its centre, then
+    moved by shares of its sides; what comes in at the edges is its mirror image."""
+    height, width = image.shape[:2]
+    centre = ((width - 1) / 2, (height - 1) / 2)
+    matrix = cv2.getRotationMatrix2D(centre, math.degrees(angle), 1 + growth)
+    matrix[:, 2] += right * width, down * height
+    image = np.ascontiguousarray(image)
+    return cv2.warpAffine(image, matrix, (width, height), flags=cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REFLECT_101)

@@ -111,6 +111,7 @@ class Stage:
             c.ranges if self.degrades else None,
             c.crop,
             c.flip,
+            jitter=c.jitter,
             applied=c.degrade_on == "cpu",
             unusable=self.left_out,
         )

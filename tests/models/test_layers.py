@@ -1,5 +1,7 @@
 """Layers that are computed in more than one way."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -81,3 +83,57 @@ def test_linear_layer_and_pointwise_convolution():
     x.requires_grad_()
     pointwise(conv, x).sum().backward()
     assert x.grad is not None and conv.weight.grad is not None
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 5, 4), (1, 1, 1, 1), (0, 3, 4, 4), (2, 8, 1, 7)], ids=str)
+def test_nearest_2x_is_interpolate_in_the_compiler_too(shape, memory_format, monkeypatch):
+    x = randn(*shape).contiguous(memory_format=memory_format)
+    expected = F.interpolate(x, scale_factor=2.0, mode="nearest") if x.numel() else torch.empty(0, 3, 8, 8)
+    if x.numel():
+        assert torch.equal(layers.nearest_2x(x), expected)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    out = layers.nearest_2x(x)
+    assert torch.equal(out, expected) and out.shape == expected.shape
+
+
+class Around(nn.Module):
+    """Nearest 2x between convolutions, whose input the compiler of torch 2.13 gives no gradient (F.interpolate)."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 8, 3, padding=1)
+        self.last = nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x):
+        return self.last(self.after(layers.nearest_2x(self.before(x))))
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on CPUs")
+def test_compiled_gradients_go_through_nearest_2x():
+    torch.manual_seed(0)
+    network, x = Around(), randn(2, 3, 16, 16)
+    gradients = []
+    for forward in (network, torch.compile(network)):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = forward(x).float().square().mean()
+        gradients.append(torch.autograd.grad(loss, list(network.parameters())))
+    for theirs, ours in zip(*gradients):
+        assert (ours - theirs).norm() < 0.02 * theirs.norm()
+
+
+@pytest.mark.parametrize("rows", [64, 16384])
+def test_layer_norms_gradients_keep_their_sums_in_bfloat16(rows):
+    """PyTorch's own has half of the bias's gradient at 16384 rows on CPUs."""
+    ours, exact = layers.LayerNorm(24), nn.LayerNorm(24).double()
+    exact.load_state_dict(ours.state_dict())
+    x, dy = randn(1, rows // 8, 8, 24, dtype=torch.bfloat16), 0.1 * randn(1, rows // 8, 8, 24, seed=1) + 0.02
+    x.requires_grad_()
+    y = ours(x)
+    assert y.dtype == torch.bfloat16 and y.shape == x.shape
+    y.backward(dy.bfloat16())
+    exact_x = x.detach().double().requires_grad_()
+    exact(exact_x).backward(dy.bfloat16().double())
+    for mine, theirs in zip(ours.parameters(), exact.parameters()):
+        assert (mine.grad - theirs.grad).norm() < 1e-4 * theirs.grad.norm()
+    assert (x.grad.double() - exact_x.grad).norm() < 1e-2 * exact_x.grad.norm()

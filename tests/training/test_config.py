@@ -58,6 +58,8 @@ def test_pmrf_as_published():
         ("betas=[0.9, 1]", r"betas must be in \[0, 1\)"),
         ("lr=.nan", "lr positive"),
         ("noise_std=-1", "noise_std must be at least 0"),
+        ("jitter=-0.1", "jitter must be at least 0"),
+        ("jitter=0.6", "jitter must be at most 0.5"),
         ("seed=-1", "seed must be at least 0"),
         ("noise_std=.nan", "noise_std must be at least 0"),
         ("grad_clip=0", ".inf clips nothing"),

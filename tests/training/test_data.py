@@ -1,5 +1,7 @@
 """Sample n of the faces dataset is the same in any process, order and restart."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ from PIL import Image
 
 pytest.importorskip("cv2")
 from lpmrf_fast.training.data import Faces, batches, find_images, read_image
-from lpmrf_fast.training.degradation import PRESETS
+from lpmrf_fast.training.degradation import PRESETS, turned
 
 
 @pytest.fixture
@@ -99,3 +101,27 @@ def test_decoded_faces_are_kept_where_all_fit(faces):
 
 def test_the_last_incomplete_batch_is_kept_on_request(faces):
     assert sum(len(b[0]) for b in batches(make(faces), 3, 0, keep_rest=True)) == 20
+
+
+def test_jitter_moves_clean_and_degraded_alike_and_each_time_anew(faces):
+    nothing = PRESETS["blind-face"].__class__(sigma=(0.05, 0.05), r=(1, 1), delta=(0, 0), q=(100, 100))
+    data = [Faces(faces, 32, 20, seed=0, ranges=nothing, shuffle=False, jitter=j) for j in (0.0, 0.1)]
+    still, moved = ([d[i] for i in range(10)] for d in data)
+    assert torch.equal(still[0][0], still[5][0]) and not torch.equal(moved[0][0], moved[5][0])
+    assert torch.equal(moved[3][0], data[1][3][0]) and moved[3][0].shape == still[3][0].shape
+    for clean, degraded in moved:
+        difference = torch.einsum("chw,c->hw", clean.float() - degraded.float(), torch.tensor([0.299, 0.587, 0.114]))
+        assert difference.abs().mean() < 8
+
+
+def test_turned_moves_where_it_says():
+    image = np.zeros((33, 33, 3), np.uint8)
+    image[16, 24] = 255  # eight to the right of the centre
+    for arguments, place in (
+        ((0, 0, 0, 0), (16, 24)),
+        ((math.pi / 2, 0, 0, 0), (8, 16)),
+        ((0, 0.5, 0, 0), (16, 28)),
+        ((0, 0, 1 / 33, 2 / 33), (18, 25)),
+    ):
+        found = np.unravel_index(turned(image, *arguments)[..., 0].argmax(), (33, 33))
+        assert found == place, arguments
