@@ -116,12 +116,16 @@ def evaluate(args) -> int:
     from .evaluation.scores import Files
     from .evaluation.scores import evaluate as scores
 
+    if not args.reference and not args.real:
+        complain("evaluate: give the originals (--reference DIR), real faces (--real DIR) or both")
+        return 2
     names = ("lpips", "inception", "dinov2", "face_detector", "face_embedder")
     files = Files(**{name: getattr(args, name) for name in names})
     for path in (args.out, args.csv, args.sheet):
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-    report = scores(args.restored, args.reference, args.degraded, files, args.device, args.limit, args.sheet)
+    folders = args.restored, args.reference, args.degraded
+    report = scores(*folders, files, args.device, args.limit, args.sheet, args.real)
     for problem in report.problems:
         complain(problem)
     print(report)
@@ -405,14 +409,18 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser(
         "evaluate",
         formatter_class=Formatter,
-        help="score restored faces against the originals",
+        help="score restored faces against the originals, or against real faces",
         description="Score a folder of restored faces against the originals: PSNR, SSIM, sliced Wasserstein distance,\n"
         "and, where their weights are given, LPIPS, FID and KID, MMD on DINOv2, identity and landmark distance.\n"
-        "Files pair up by stem. A metric that cannot run is named with the reason. Needs the extra `eval`.",
-        epilog="example:\n  lpmrf-fast evaluate restored --reference originals --degraded photos --out scores.json",
+        "Files pair up by stem. Photos whose originals nobody has are scored against a folder of real faces (--real).\n"
+        "A metric that cannot run is named with the reason. Needs the extra `eval`.",
+        epilog="examples:\n"
+        "  lpmrf-fast evaluate restored --reference originals --degraded photos --out scores.json\n"
+        "  lpmrf-fast evaluate restored --real ffhq --inception pt_inception-2015-12-05-6726825d.pth",
     )
     command.add_argument("restored", metavar="RESTORED", type=folder, help="folder of restored faces")
-    command.add_argument("--reference", required=True, metavar="DIR", type=folder, help="folder of the originals")
+    command.add_argument("--reference", metavar="DIR", type=folder, help="folder of the originals")
+    command.add_argument("--real", metavar="DIR", type=folder, help="folder of real faces for FID, KID and MMD")
     command.add_argument("--degraded", metavar="DIR", type=folder, help="folder of the degraded faces: scored as well")
     command.add_argument("--out", metavar="FILE", type=Path, help="JSON with every number")
     command.add_argument("--csv", metavar="FILE", type=Path, help="one row a face")

@@ -1,7 +1,7 @@
 """From folders to a table: pairs faces by the stem of their names, runs every metric that can run, names the others.
 
 Faces are read one pair at a time. A metric is a class: what it needs is loaded once, `for_set()` starts a set of
-faces, `add` takes a pair, and `result` gives the numbers of the set.
+faces, `add` takes a pair (of a face and None where there are no originals), and `result` gives the numbers of the set.
 """
 
 import csv
@@ -63,13 +63,32 @@ def _from_hub(repository: str, file: str) -> Path:
 # ---- metrics
 
 
+@dataclass(frozen=True)
+class Given:
+    """What there is to score, for a metric to say whether it can."""
+
+    files: Files
+    device: torch.device
+    count: int
+    """Faces of a set."""
+    shape: tuple[int, int] | None
+    """Their height and width, if these are the same for all."""
+    originals: bool
+    real: list[Path]
+    """Real faces that are nobody's originals."""
+    problems: list[str]
+    """Takes a line for each of them that cannot be read."""
+
+
 class Metric:
     """`better`: by name of each number, "higher" or "lower". `digits`: how many the table shows."""
 
     better: dict[str, str]
     digits, note = 3, ""
+    paired = True
+    """Whether it compares each face with its original."""
 
-    def __init__(self, files: Files, device: torch.device, count: int, shape):
+    def __init__(self, given: Given):
         """Load what is needed. Raises Unavailable, ImportError or ValueError with the reason why it cannot run."""
 
     def for_set(self):
@@ -113,11 +132,11 @@ class LearnedDistance(OfEachFace):
     SMALLEST = 32
     """Pixels: of less nothing is left behind the networks' pools."""
 
-    def __init__(self, files, device, count, shape):
+    def __init__(self, given):
         from ..perceptual import LPIPS
 
-        self.network = LPIPS(files.get("lpips", "torchvision's AlexNet (the field's choice) or VGG16")).to(device)
-        self.device = device
+        path = given.files.get("lpips", "torchvision's AlexNet (the field's choice) or VGG16")
+        self.network, self.device = LPIPS(path).to(given.device), given.device
         self.note = f"{self.network.net}, version 0.1"
 
     @torch.inference_mode()
@@ -128,9 +147,9 @@ class LearnedDistance(OfEachFace):
 
 
 class NIQE(OfEachFace):
-    better = {"NIQE": "lower"}
+    better, paired = {"NIQE": "lower"}, False
 
-    def __init__(self, files, device, count, shape):
+    def __init__(self, given):
         try:
             import pyiqa
         except ModuleNotFoundError as error:
@@ -138,7 +157,7 @@ class NIQE(OfEachFace):
         except Exception as error:  # a torchvision that does not fit torch breaks it while it is imported
             raise Unavailable(f"needs pyiqa, which does not import ({type(error).__name__})") from None
         try:
-            self.network = pyiqa.create_metric("niqe", device=device)
+            self.network = pyiqa.create_metric("niqe", device=given.device)
         except Exception as error:  # it downloads its parameters
             raise Unavailable(f"pyiqa cannot make it ({type(error).__name__})") from None
         self.note = f"pyiqa {getattr(pyiqa, '__version__', '')}".strip()
@@ -150,10 +169,10 @@ class NIQE(OfEachFace):
 class _Faces(OfEachFace):
     """Remembers what it saw in the last reference, which comes once with every set."""
 
-    def __init__(self, files, device, count, shape):
+    def __init__(self, given):
         from .faces import Detector
 
-        self.detector = Detector(files.get("face_detector", "a YuNet ONNX file"))
+        self.detector = Detector(given.files.get("face_detector", "a YuNet ONNX file"))
         self.last = None, None
 
     def of_reference(self, y: Tensor, see: Callable):
@@ -178,12 +197,12 @@ class IdentityDistance(_Faces):
 
     better, digits = {"Deg": "lower"}, 2
 
-    def __init__(self, files, device, count, shape):
+    def __init__(self, given):
         from .faces import Embedder, expected_landmarks
 
-        self.embed = Embedder(files.get("face_embedder", "an ArcFace ONNX file"))
-        if files.face_detector:
-            super().__init__(files, device, count, shape)
+        self.embed = Embedder(given.files.get("face_embedder", "an ArcFace ONNX file"))
+        if given.files.face_detector:
+            super().__init__(given)
             self.note = "cut by the detector's landmarks of the reference"
         else:
             self.detector, self.last = expected_landmarks, (None, None)
@@ -204,13 +223,13 @@ class SWD(Metric):
     better, digits = {"SWD": "lower"}, 1
     note = "mean over the levels of a Laplacian pyramid"
 
-    def __init__(self, files, device, count, shape):
-        if shape is None:
+    def __init__(self, given):
+        if given.shape is None:
             raise Unavailable("the faces have several sizes")
-        if min(shape) < 16:
-            raise Unavailable(f"the faces are smaller than 16 pixels: {shape[1]}x{shape[0]}")
+        if min(given.shape) < 16:
+            raise Unavailable(f"the faces are smaller than 16 pixels: {given.shape[1]}x{given.shape[0]}")
         # Above 4096 faces fewer patches of each, so that those of a set stay below 4 GB.
-        self.arguments = count, shape, max(1, min(128, 2**19 // count))
+        self.arguments = given.count, given.shape, max(1, min(128, 2**19 // given.count))
 
     def for_set(self):
         return _Sliced(*self.arguments)
@@ -223,12 +242,26 @@ class _Sliced(SlicedWasserstein):
 
 
 class _OfFeatures(Metric):
-    """Distances between the features of a set and those of the references."""
+    """Distances between the features of a set and those of real faces: of the originals, or of others if given."""
 
-    def load(self, network, device, count):
-        if count < 2:
+    paired = False
+
+    def load(self, network: torch.nn.Module, given: Given):
+        if given.count < 2:
             raise Unavailable("needs at least 2 faces")
-        self.network, self.device, self.last = network.to(device).eval(), device, (None, None)
+        self.network, self.device, self.last = network.to(given.device).eval(), given.device, (None, None)
+        self.real, self.note = None, f"against the {given.count} originals"
+        if given.real:
+            self.real = torch.cat(list(self._read(given)))
+            self.note = f"against {len(self.real)} real faces"
+
+    def _read(self, given):
+        for path in tqdm(given.real, desc="real faces", unit="face", disable=None):
+            try:
+                yield self.features(_tensor(path))
+            except ValueError as error:
+                if f"{error}" not in given.problems:
+                    given.problems.append(f"{error}")
 
     def features(self, x):
         with torch.inference_mode():
@@ -245,13 +278,16 @@ class _OfFeatures(Metric):
 
 class _Features:
     def __init__(self, metric):
-        self.metric, self.pairs = metric, []
+        self.metric, self.own, self.originals = metric, [], []
 
     def add(self, x, y):
-        self.pairs.append((self.metric.features(x), self.metric.of_reference(y)))
+        self.own.append(self.metric.features(x))
+        if self.metric.real is None:
+            self.originals.append(self.metric.of_reference(y))
 
     def result(self):
-        return self.metric.distances(*(torch.cat(column) for column in zip(*self.pairs)))
+        real = torch.cat(self.originals) if self.metric.real is None else self.metric.real
+        return self.metric.distances(torch.cat(self.own), real)
 
 
 class InceptionDistances(_OfFeatures):
@@ -259,28 +295,28 @@ class InceptionDistances(_OfFeatures):
 
     better, digits = {"FID": "lower", "KID x1000": "lower"}, 2
 
-    def __init__(self, files, device, count, shape):
+    def __init__(self, given):
         from .networks import Inception
 
-        path = files.get("inception", "the FID's Inception (pt_inception-2015-12-05-*.pth)")
+        path = given.files.get("inception", "the FID's Inception (pt_inception-2015-12-05-*.pth)")
         try:
             import torchmetrics  # noqa: F401
         except ImportError:
             raise Unavailable('pip install "lpmrf-fast[eval]"') from None
-        self.load(Inception(path), device, count)
-        self.note = f"against the {count} references, resized bilinearly to 299x299"
+        self.load(Inception(path), given)
+        self.note += ", resized bilinearly to 299x299"
 
     @staticmethod
     def distances(a: Tensor, b: Tensor) -> dict[str, float]:
-        """Of two sets of features (N, D). KID: cubic kernel over up to 1000 faces, 100 draws where there are more."""
+        """Of features (N, D) and (M, D). KID: cubic kernel over up to 1000 faces, 100 draws where there are more."""
         from torchmetrics.image.fid import FrechetInceptionDistance
         from torchmetrics.image.kid import KernelInceptionDistance
 
         given = torch.nn.Identity()
         given.num_features = a.shape[1]
-        size = min(1000, len(a))
+        size = min(1000, len(a), len(b))
         fid = FrechetInceptionDistance(feature=given)
-        kid = KernelInceptionDistance(feature=given, subset_size=size, subsets=100 if len(a) > size else 1)
+        kid = KernelInceptionDistance(feature=given, subset_size=size, subsets=100 if max(len(a), len(b)) > size else 1)
         for metric in (fid, kid):
             metric.set_dtype(torch.float64)
             metric.update(b, real=True)
@@ -292,12 +328,12 @@ class InceptionDistances(_OfFeatures):
 
 class DINOv2Distance(_OfFeatures):
     better = {"MMD": "lower"}
-    note = "DINOv2 class tokens at 224x224, Gaussian kernel of width 10, x1000"
 
-    def __init__(self, files, device, count, shape):
+    def __init__(self, given):
         from .networks import DINOv2
 
-        self.load(DINOv2(files.get("dinov2", "an official DINOv2 state dict")), device, count)
+        self.load(DINOv2(given.files.get("dinov2", "an official DINOv2 state dict")), given)
+        self.note += "; DINOv2 class tokens at 224x224, Gaussian kernel of width 10, x1000"
 
     @staticmethod
     def distances(a, b):
@@ -378,25 +414,45 @@ def _finite(value):
 
 
 def evaluate(
-    restored, reference, degraded=None, files: Files | None = None, device="auto", limit=None, sheet=None
+    restored,
+    reference=None,
+    degraded=None,
+    files: Files | None = None,
+    device="auto",
+    limit=None,
+    sheet=None,
+    real=None,
 ) -> Report:
-    """Score a folder of restored faces, and of degraded ones where given, against the originals.
+    """Score a folder of restored faces, and of degraded ones where given, against the originals or against real faces.
 
-    Files pair up by stem; those without a partner, of another size or unreadable are left out and named in `problems`.
-    limit: only the first faces, by name. sheet: where to put a picture of up to 8 faces, from the worst PSNR to the
-    best. Raises ValueError where no pair is left.
+    reference: folder of the originals. Files pair up by stem; those without a partner, of another size or unreadable
+    are left out and named in `problems`. real: folder of real faces, searched recursively, for the distances between
+    sets (FID, KID, MMD), which have no partners: such as FFHQ for photos whose originals nobody has. limit: only the
+    first faces, by name. sheet: where to put a picture of up to 8 faces, from the worst PSNR to the best, or of the
+    first ones. Raises ValueError where no face is left, or neither originals nor real faces are given.
     """
+    if reference is None and real is None:
+        raise ValueError("nothing to compare with; give the originals (reference), real faces (real) or both")
     device = default_device(device)
     folders = {"degraded": degraded, "restored": restored} if degraded else {"restored": restored}
     faces, shapes, problems = _paired(folders, reference, limit)
     if not faces:
         why = f": {problems[0]}" if problems else ""
+        if reference is None:
+            raise ValueError(f"no face in {restored}{why}")
         raise ValueError(f"no face of {restored} has a partner in {reference}; files pair up by stem{why}")
+    others = [] if real is None else sorted(p for p in Path(real).rglob("*") if p.suffix.lower() in SUFFIXES)
+    if real is not None and len(others) < 2:
+        raise ValueError(f"{real}: expected at least 2 real faces, found {len(others)}")
+    shape = shapes[0] if len(set(shapes)) == 1 else None
+    given = Given(files or Files(), device, len(faces), shape, reference is not None, others, problems)
     report = Report({}, {name: {} for name in folders})
     running = []
     for metric in METRICS:
         try:
-            made = metric(files or Files(), device, len(faces), shapes[0] if len(set(shapes)) == 1 else None)
+            if metric.paired and not given.originals:
+                raise Unavailable("needs the originals: --reference DIR")
+            made = metric(given)
         except (Unavailable, ValueError, ImportError) as reason:
             report.skipped |= dict.fromkeys(metric.better, " ".join(str(reason).split()))
             continue
@@ -406,9 +462,9 @@ def evaluate(
         if made.note:
             report.notes[", ".join(metric.better)] = made.note
 
-    for stem, (original, *others) in tqdm(faces.items(), desc="evaluate", unit="face", disable=None):
+    for stem, paths in tqdm(faces.items(), desc="evaluate", unit="face", disable=None):
         try:
-            y, *images = (_tensor(path) for path in (original, *others))
+            y, *images = (path and _tensor(path) for path in paths)
         except ValueError as error:
             problems.append(f"{error}; the face {stem} is left out")
             continue
@@ -425,8 +481,9 @@ def evaluate(
     report.problems = problems
     report.settings = {
         "restored": str(restored),
-        "reference": str(reference),
+        "reference": str(reference) if reference else None,
         "degraded": str(degraded) if degraded else None,
+        "real": str(real) if real else None,
         "count": len(report.faces["restored"]),
         "weights": {k: str(v) for k, v in vars(files or Files()).items() if v},
         "versions": _versions(),
@@ -438,9 +495,9 @@ def evaluate(
 
 
 def _paired(folders: dict, reference, limit) -> tuple[dict[str, list[Path]], list, list[str]]:
-    """stem → [original, one path a set], their (height, width), and a line for each file that is left out."""
+    """stem → [original or None, one path a set], their (height, width), and a line for each file that is left out."""
     problems, listed = [], {}
-    for name, folder in {"reference": reference, **folders}.items():
+    for name, folder in (({"reference": reference} if reference else {}) | folders).items():
         listed[name] = {}
         for path in sorted(Path(folder).iterdir()):
             if path.suffix.lower() in SUFFIXES:
@@ -464,10 +521,10 @@ def _paired(folders: dict, reference, limit) -> tuple[dict[str, list[Path]], lis
         if len(set(sizes)) > 1:
             said = ", ".join(f"{name} {w}x{h}" for name, (w, h) in zip(listed, sizes))
             problems.append(f"{stem}: sizes differ ({said})")
-        elif min(sizes[0]) < 11:
+        elif reference and min(sizes[0]) < 11:
             problems.append(f"{stem}: smaller than 11 pixels, the window of SSIM")
         elif limit is None or len(faces) < limit:
-            faces[stem] = paths
+            faces[stem] = paths if reference else [None, *paths]
             shapes.append(sizes[0][::-1])
     return faces, shapes, problems
 
@@ -496,16 +553,21 @@ def _pixels(x: Tensor) -> np.ndarray:
 
 
 def _sheet(report: Report, faces: dict, folders: dict, most: int = 8, side: int = 256) -> Image.Image:
-    """One row a face: its sets and the original; evenly spaced from the worst PSNR to the best, so not picked."""
-    ranked = sorted(report.faces["restored"], key=lambda stem: report.faces["restored"][stem]["PSNR dB"])
+    """One row a face: its sets and the original; evenly spaced from the worst PSNR to the best, so not picked.
+
+    Without originals evenly spaced by name.
+    """
+    own = report.faces["restored"]
+    ranked = sorted(own, key=lambda stem: own[stem].get("PSNR dB", 0.0))
     chosen = [ranked[round(i)] for i in np.linspace(0, len(ranked) - 1, min(most, len(ranked)))]
-    columns, line = [*folders, "reference"], 18
+    columns, line = [*folders, *(["reference"] if report.settings["reference"] else [])], 18
     picture = Image.new("RGB", (side * len(columns), (side + line) * len(chosen)), "white")
     draw = ImageDraw.Draw(picture)
     for row, stem in enumerate(chosen):
         top = row * (side + line)
         for column, (name, path) in enumerate(zip(columns, [*faces[stem][1:], faces[stem][0]])):
-            score = f"  {report.faces[name][stem]['PSNR dB']:.2f} dB" if name in report.faces else f"  {stem}"
+            psnr = report.faces.get(name, {}).get(stem, {}).get("PSNR dB")
+            score = f"  {stem}" if psnr is None else f"  {psnr:.2f} dB"
             draw.text((column * side + 4, top + 3), name + score, fill="black")
             shown = read_rgb(path).resize((side, side), Image.Resampling.LANCZOS)
             picture.paste(shown, (column * side, top + line))

@@ -159,7 +159,47 @@ def test_set_distances_see_features_of_both_sets(folders, monkeypatch):
     report = evaluate("restored", "originals", "degraded", Files(inception="weights", dinov2="weights"))
     for name in ("FID", "MMD"):
         assert 0 <= report.scores["restored"][name] < report.scores["degraded"][name]
-    assert "FID, KID x1000: against the 3 references" in str(report)
+    assert "FID, KID x1000: against the 3 originals" in str(report)
+
+
+def test_real_faces_stand_in_for_originals_that_nobody_has(folders, monkeypatch, run):
+    class Means(torch.nn.Module):
+        def forward(self, x):
+            return x.mean((2, 3))
+
+    monkeypatch.setattr(networks, "Inception", lambda path: Means())
+    monkeypatch.setattr(networks, "DINOv2", lambda path: Means())
+    Path("weights").write_bytes(b"")
+    files = Files(inception="weights", dinov2="weights")
+    Path("real/more").mkdir(parents=True)
+    for i, stem in enumerate("abc"):  # the same faces, by other names, of another size and in a folder below
+        with Image.open(f"originals/{stem}.png") as image:
+            image.resize((64, 64), Image.Resampling.NEAREST).save(f"real/more/face{i}.png")
+    paired = evaluate("restored", "originals", "degraded", files)
+    report = evaluate("restored", degraded="degraded", files=files, real="real", sheet="sheet.png")
+    for name in ("FID", "KID x1000", "MMD"):
+        for which in ("restored", "degraded"):
+            assert report.scores[which][name] == pytest.approx(paired.scores[which][name], rel=1e-5, abs=1e-6)
+    assert report.skipped["PSNR dB"] == report.skipped["SWD"] == "needs the originals: --reference DIR"
+    assert "against 3 real faces" in str(report) and report.settings["real"] == "real" and not report.problems
+    with Image.open("sheet.png") as sheet:
+        assert sheet.width == 512  # two columns: there is no original
+    Path("real/wrong.png").write_bytes(b"no picture")
+    report = evaluate("restored", "originals", files=files, real="real")
+    assert "wrong.png" in report.problems[0] and "against 3 real faces" in str(report) and "PSNR dB" in report.better
+    status, out, err = run("restored", "--real", "real", "--inception", "weights", "--out", "s.json")
+    assert (
+        status == 1
+        and len(err) == 1
+        and "wrong.png" in err[0]
+        and "FID" in json.loads(Path("s.json").read_text())["better"]
+    )
+
+
+def test_a_folder_of_real_faces_needs_two(folders, run):
+    Path("real").mkdir()
+    status, _, err = run("restored", "--real", "real")
+    assert status == 1 and err == ["lpmrf-fast: real: expected at least 2 real faces, found 0"]
 
 
 # ---- faces
