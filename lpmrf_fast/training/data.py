@@ -14,7 +14,9 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 from ..images import SUFFIXES, open_upright, read_rgb
+from . import degradation_torch
 from .degradation import Ranges, TwoStage, degrade, draw, turned
+from .degradation_torch import gray
 
 
 @dataclass(frozen=True, order=True)
@@ -172,6 +174,8 @@ class Faces(Dataset):
         if drawn is not None and not self.applied:
             return _tensor(clean), drawn | {"crop": (y, x, side)}
         pair = [_tensor(p[y : y + side, x : x + side]) for p in pair]
+        if drawn and drawn.get("gray_original"):
+            pair[0] = gray(pair[0])
         return pair[0] if drawn is None else tuple(pair)
 
 
@@ -181,9 +185,9 @@ def _tensor(image: np.ndarray) -> torch.Tensor:
 
 def degraded_crops(clean: torch.Tensor, drawn: list[dict]) -> tuple[torch.Tensor, torch.Tensor]:
     """What `Faces` does where it applies degradations, for a batch on any device."""
-    from .degradation_torch import degrade
-
-    degraded = degrade(clean, drawn)
+    degraded = degradation_torch.degrade(clean, drawn)
+    if any(d.get("gray_original") for d in drawn):
+        clean = torch.stack([gray(c) if d.get("gray_original") else c for c, d in zip(clean, drawn)])
     places = [d["crop"] for d in drawn]
     return tuple(
         torch.stack([i[:, y : y + s, x : x + s] for i, (y, x, s) in zip(t, places)]) for t in (clean, degraded)

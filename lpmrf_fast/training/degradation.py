@@ -25,6 +25,8 @@ RESIZE = {
     "area": Image.Resampling.BOX,
 }
 FACE_RESIZE = ("bicubic", "bilinear")
+COLOURS = {"brightness": (0.5, 1.5), "contrast": (0.5, 1.5), "saturation": (0.0, 1.5), "hue": (-0.1, 0.1)}
+"""What GFPGAN draws from where it changes colours: factors, and parts of a turn of the hue."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,11 @@ class Ranges:
     """What a degradation is drawn from; every pair is uniform.
 
     sigma: standard deviation of the blur in pixels; r: reduction factor; delta: standard deviation of the noise in
-    units of 1/255; q: JPEG quality (integer, both ends included). kernel_size: odd, in pixels.
+    units of 1/255; q: JPEG quality (integer, both ends included). kernel_size: odd, in pixels. resize: the methods that
+    are drawn from for either way: "bicubic", "bilinear" and "area" are antialiased when shrinking; "linear" is OpenCV's
+    bilinear one, which is not, to the whole number of pixels below. gray_prob: how often the result is made gray, and
+    with gray_original the original with it. shift_prob: how often each channel is shifted by up to `shift` of 255.
+    colour_prob: how often brightness, contrast, saturation and hue are changed, in a random order (`COLOURS`).
     """
 
     sigma: tuple[float, float] = (0.1, 15.0)
@@ -40,12 +46,24 @@ class Ranges:
     delta: tuple[float, float] = (0.0, 20.0)
     q: tuple[int, int] = (30, 100)
     kernel_size: int = 41
+    resize: tuple = FACE_RESIZE
+    gray_prob: float = 0.0
+    gray_original: bool = True
+    shift_prob: float = 0.0
+    shift: float = 20.0
+    colour_prob: float = 0.0
 
     def check(self) -> None:
         """Raises ValueError, one line, for ranges that cannot be drawn from."""
         _check_pairs(self, sigma=1e-3, r=1e-3, delta=0, q=1)
         if self.kernel_size < 1 or self.kernel_size % 2 == 0:
             raise ValueError(f"kernel_size must be odd, got {self.kernel_size}")
+        known = (*RESIZE, "linear")
+        if not self.resize or not set(self.resize) <= set(known):
+            raise ValueError(f"resize must name some of {', '.join(known)}, got {list(self.resize)}")
+        for name in ("gray_prob", "shift_prob", "colour_prob"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be in [0, 1], got {getattr(self, name)}")
 
 
 @dataclass(frozen=True)
@@ -101,14 +119,24 @@ def _check_pairs(ranges, **least: float) -> None:
 
 PRESETS = {
     "blind-face": Ranges(),
-    "difface": Ranges(),
-    "pmrf": Ranges(),
-    "gfpgan": Ranges(sigma=(0.1, 10.0), r=(0.8, 8.0), delta=(0.0, 20.0), q=(60, 100)),
+    "difface": Ranges(resize=("linear",), gray_prob=0.01),
+    "pmrf": Ranges(resize=("linear",), gray_prob=0.01),
+    "gfpgan": Ranges(
+        sigma=(0.1, 10.0),
+        r=(0.8, 8.0),
+        q=(60, 100),
+        resize=("linear",),
+        gray_prob=0.01,
+        gray_original=False,
+        shift_prob=0.3,
+        colour_prob=0.3,
+    ),
     "real-esrgan": TwoStage(),
     "mild": Ranges(sigma=(0.1, 5.0), r=(0.8, 8.0), delta=(0.0, 15.0), q=(40, 100)),
 }
-"""blind-face, difface, pmrf: the range of both papers. gfpgan: GFPGAN's, without its colour jitter and gray images.
-real-esrgan: two stages. mild: ours, for short trainings."""
+"""difface, pmrf, gfpgan: what their training code does (DifFace's swinir_ffhq512.yaml, PMRF's create_degradation.py,
+GFPGAN's train_gfpgan_v1.yml). blind-face: the ranges of the first two with antialiased resizes, as much validation data
+is made. real-esrgan: two stages. mild: ours, for short trainings."""
 
 
 def draw(rng: np.random.Generator, ranges: Ranges | TwoStage = PRESETS["blind-face"]) -> dict:
@@ -118,7 +146,7 @@ def draw(rng: np.random.Generator, ranges: Ranges | TwoStage = PRESETS["blind-fa
     isotropic = rng.random() < 0.5
     sigma_x = rng.uniform(*ranges.sigma)
     sigma_y = sigma_x if isotropic else rng.uniform(*ranges.sigma)
-    return {
+    drawn = {
         "kernel": "iso" if isotropic else "aniso",
         "kernel_size": ranges.kernel_size,
         "sigma_x": sigma_x,
@@ -127,10 +155,20 @@ def draw(rng: np.random.Generator, ranges: Ranges | TwoStage = PRESETS["blind-fa
         "r": rng.uniform(*ranges.r),
         "delta": rng.uniform(*ranges.delta),
         "q": int(rng.integers(ranges.q[0], ranges.q[1] + 1)),
-        "down": str(rng.choice(FACE_RESIZE)),
-        "up": str(rng.choice(FACE_RESIZE)),
+        "down": str(rng.choice(ranges.resize)),
+        "up": str(rng.choice(ranges.resize)),
         "noise_seed": int(rng.integers(2**31)),
     }
+    colours = []
+    if ranges.shift_prob and rng.random() < ranges.shift_prob:
+        colours.append(["shift", rng.uniform(-ranges.shift, ranges.shift, 3).tolist()])
+    if ranges.gray_prob and rng.random() < ranges.gray_prob:
+        colours.append(["gray", None])
+        drawn["gray_original"] = ranges.gray_original
+    if ranges.colour_prob and rng.random() < ranges.colour_prob:
+        names = rng.permutation(list(COLOURS)).tolist()
+        colours += [[name, rng.uniform(*COLOURS[name])] for name in names]
+    return drawn | ({"colours": colours} if colours else {})
 
 
 def _draw_two_stages(rng: np.random.Generator, c: TwoStage) -> list:
@@ -194,14 +232,16 @@ def program(params: dict) -> list:
         ["noise", "gaussian", params["delta"], False, params["noise_seed"]],
         ["jpeg", params["q"]],
         ["resize", 1.0, params["up"]],
+        *(["colour", *change] for change in params.get("colours", ())),
     ]
 
 
-def sides(height: int, width: int, factor: float) -> tuple[int, int]:
+def sides(height: int, width: int, factor: float, how: str) -> tuple[int, int]:
     """The sides of a resized picture, at least one pixel each."""
+    whole = math.floor if how == "linear" else round
     if factor < 1:  # a division, as by the reduction r, so that the published numbers round alike
-        return tuple(max(1, round(n / (1 / factor))) for n in (height, width))
-    return tuple(max(1, round(n * factor)) for n in (height, width))
+        return tuple(max(1, whole(n / (1 / factor))) for n in (height, width))
+    return tuple(max(1, whole(n * factor)) for n in (height, width))
 
 
 def gaussian_kernel(size: int, sigma_x: float, sigma_y: float, theta: float) -> np.ndarray:
@@ -251,9 +291,11 @@ class OnPillow:
         return cv2.filter2D(x.astype(np.float32), -1, blur_kernel(**kernel), borderType=cv2.BORDER_REFLECT_101)
 
     def resize(self, x, factor: float, how: str):
-        """Antialiased when shrinking; Pillow resizes float planes exactly."""
-        height, width = sides(*self.size, factor)
+        """Antialiased when shrinking, but for "linear"; Pillow resizes float planes exactly."""
+        height, width = sides(*self.size, factor, how)
         x = x.astype(np.float32)
+        if how == "linear":
+            return cv2.resize(x, (width, height), interpolation=cv2.INTER_LINEAR)
         planes = [np.asarray(Image.fromarray(x[..., c]).resize((width, height), RESIZE[how])) for c in range(3)]
         return np.stack(planes, axis=-1)
 
@@ -266,6 +308,14 @@ class OnPillow:
         mean = (x @ self.GRAY)[..., None].round() if gray else x
         levels = 2.0 ** math.ceil(math.log2(len(np.unique(mean))))
         return x + amount * (255 * rng.poisson(mean / 255 * levels) / levels - mean)
+
+    def colour(self, x, kind: str, amount):
+        import torch
+
+        from .degradation_torch import colour
+
+        rgb = torch.from_numpy(np.ascontiguousarray(x[..., ::-1].transpose(2, 0, 1), np.float32))
+        return colour(rgb, kind, amount).numpy().transpose(1, 2, 0)[..., ::-1]
 
     def jpeg(self, x, quality: int):
         x = np.clip(np.rint(x), 0, 255).astype(np.uint8)

@@ -46,7 +46,9 @@ class OnTorch:
         return F.conv2d(x[:, rows][:, :, columns][:, None], weight[None, None])[:, 0]
 
     def resize(self, x: Tensor, factor: float, how: str) -> Tensor:
-        height, width = sides(*self.size, factor)
+        height, width = sides(*self.size, factor, how)
+        if how == "linear":
+            return F.interpolate(x[None], (height, width), mode="bilinear", align_corners=False)[0]
         rows, columns = resampling(x.shape[1], height, how), resampling(x.shape[2], width, how)
         return rows.to(x.device) @ x @ columns.to(x.device).T
 
@@ -59,8 +61,47 @@ class OnTorch:
         levels = 2.0 ** math.ceil(math.log2(len(mean.unique())))
         return x + amount * (255 * torch.poisson(mean / 255 * levels, generator=generator) / levels - mean)
 
+    def colour(self, x: Tensor, kind: str, amount) -> Tensor:
+        return colour(x, kind, amount)
+
     def jpeg(self, x: Tensor, quality: int) -> Tensor:
         return jpeg(x, quality)
+
+
+def gray(x: Tensor) -> Tensor:
+    """The luminance of (..., 3, H, W), in all three channels; uint8 is rounded."""
+    luminance = torch.einsum("...chw,c->...hw", x.float(), torch.tensor(YCC[0], device=x.device))
+    luminance = luminance if x.is_floating_point() else luminance.round()
+    return luminance[..., None, :, :].expand(x.shape).to(x.dtype)
+
+
+def colour(x: Tensor, kind: str, amount) -> Tensor:
+    """One change of GFPGAN's to (3, H, W) RGB of range [0, 255].
+
+    gray; shift: `amount` for each channel; brightness, contrast, saturation: the image moved from black, from its mean
+    luminance, from its own luminance, by a factor; hue: turned by a part of the circle (of HSV).
+    """
+    if kind == "gray":
+        return gray(x)
+    if kind == "shift":
+        return (x + x.new_tensor(amount)[:, None, None]).clamp(0, 255)
+    if kind == "hue":
+        return _turn_hue(x.clamp(0, 255), amount)
+    start = {"brightness": lambda: x.new_zeros(()), "contrast": lambda: gray(x).mean(), "saturation": lambda: gray(x)}
+    return torch.lerp(start[kind]().expand(x.shape), x, amount).clamp(0, 255)
+
+
+def _turn_hue(x: Tensor, amount: float) -> Tensor:
+    high, low = x.amax(0), x.amin(0)
+    spread = (high - low).clamp(min=1e-6)
+    r, g, b = x
+    sector = torch.where(
+        high == r, (g - b) / spread, torch.where(high == g, (b - r) / spread + 2, (r - g) / spread + 4)
+    )
+    sector = sector + 6 * amount
+    # Of HSV, channel by channel: full within one sector to either side of its own, nothing beyond two.
+    distance = (sector - x.new_tensor([0.0, 2.0, 4.0])[:, None, None] + 3).remainder(6) - 3
+    return low + (high - low) * (2 - distance.abs()).clamp(0, 1)
 
 
 def _mirrored(n: int, half: int, device) -> Tensor:

@@ -67,6 +67,8 @@ def test_pmrf_as_published():
         ("degradation={r: [8, 1]}", "r must be two rising numbers"),
         ("degradation={q: [30, 101]}", "q must be two rising numbers between 1 and 100"),
         ("degradation={kernel_size: 40}", "kernel_size must be odd"),
+        ("degradation={resize: [cubic]}", "resize must name some of bicubic, bilinear, area, linear"),
+        ("degradation={gray_prob: 2}", r"gray_prob must be in \[0, 1\]"),
         ("degradation={preset: real-esrgan, resize_prob: [0.5, 0.5, 0.5]}", "resize_prob must add up to 1"),
         ("precision=fp8", "bf16"),
         ("crop=1024", "larger than size"),

@@ -1,5 +1,6 @@
 """Sample n of the faces dataset is the same in any process, order and restart."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 from PIL import Image
 
 pytest.importorskip("cv2")
-from lpmrf_fast.training.data import Faces, batches, find_images, read_image
+from lpmrf_fast.training.data import Faces, batches, degraded_crops, find_images, read_image
 from lpmrf_fast.training.degradation import PRESETS, turned
 
 
@@ -125,3 +126,15 @@ def test_turned_moves_where_it_says():
     ):
         found = np.unravel_index(turned(image, *arguments)[..., 0].argmax(), (33, 33))
         assert found == place, arguments
+
+
+def test_gray_degradations_may_take_the_original_with_them(faces):
+    for original in (True, False):
+        ranges = dataclasses.replace(PRESETS["pmrf"], gray_prob=1.0, gray_original=original, delta=(0, 0))
+        clean, degraded = Faces(faces, 32, 5, seed=0, ranges=ranges, crop=24)[1]
+        there = Faces(faces, 32, 5, seed=0, ranges=ranges, crop=24, applied=False)[1]
+        on_device = degraded_crops(there[0][None], [there[1]])
+        for x, y in ((clean, degraded), (on_device[0][0], on_device[1][0])):
+            assert x.shape == y.shape == (3, 24, 24) and x.dtype == torch.uint8
+            assert torch.equal(y[0], y[1]) and torch.equal(x[0], x[2]) == original
+        assert torch.equal(clean, Faces(faces, 32, 5, seed=0, ranges=ranges, crop=24)[1][0])

@@ -1,6 +1,8 @@
 """The degradations on tensors against those of OpenCV and Pillow: the same picture but for rounding, and the noise."""
 
+import colorsys
 import json
+import math
 
 import numpy as np
 import pytest
@@ -123,3 +125,83 @@ def test_two_stages_degrade_any_size():
             and out.dtype == np.uint8
             and np.array_equal(out, degradation.degrade(image, params))
         )
+
+
+@pytest.mark.parametrize("factor", [0.3, 1 / 7.9, 1.0, 1.25, 1 / 400])
+def test_linear_resize_is_opencvs_on_either_side(factor):
+    import cv2
+
+    a, b = both("resize", factor, "linear")
+    side = [max(1, math.floor(n * factor)) for n in (72, 56)]
+    exact = cv2.resize(picture().astype(np.float32), side[::-1], interpolation=cv2.INTER_LINEAR)
+    np.testing.assert_allclose(a, exact, atol=1e-3)
+    np.testing.assert_allclose(b, exact, atol=0.05)
+
+
+def test_published_settings_follow_the_published_steps(monkeypatch):
+    """PMRF's create_degradation.py and GFPGAN's dataset, without noise: filter2D, resize, JPEG, resize."""
+    import cv2
+
+    monkeypatch.setattr(OnPillow, "noise", lambda self, x, *_: x)
+    image = picture(96, 80)
+    for preset in ("pmrf", "difface", "gfpgan"):
+        for seed in range(5):
+            drawn = draw(np.random.default_rng(seed), PRESETS[preset])
+            drawn.pop("colours", None)
+            x = np.arange(41) - 20.0
+            u, v = np.meshgrid(x, x)
+            c, s = np.cos(drawn["theta"]), np.sin(drawn["theta"])
+            kernel = np.exp(
+                -(((c * u + s * v) / drawn["sigma_x"]) ** 2 + ((c * v - s * u) / drawn["sigma_y"]) ** 2) / 2
+            )
+            y = cv2.filter2D(image[..., ::-1].astype(np.float32), -1, kernel / kernel.sum())
+            small = int(80 // drawn["r"]), int(96 // drawn["r"])
+            y = cv2.resize(y, small, interpolation=cv2.INTER_LINEAR)
+            _, code = cv2.imencode(".jpg", y, [cv2.IMWRITE_JPEG_QUALITY, drawn["q"]])
+            y = cv2.resize(cv2.imdecode(code, 1).astype(np.float32), (80, 96), interpolation=cv2.INTER_LINEAR)
+            ours = degradation.degrade(image, drawn).astype(float)
+            assert np.abs(ours - y[..., ::-1].round().clip(0, 255)).mean() < 0.1, (preset, seed)
+
+
+@pytest.mark.parametrize("amount", [-0.1, 0.03, 0.1, 0.5, 1.0])
+def test_hue_is_turned_as_in_hsv(amount):
+    rgb = np.random.default_rng(0).integers(0, 256, (6, 7, 3)).astype(np.float32)
+    rgb[0, 0], rgb[0, 1], rgb[0, 2] = (9, 9, 9), (0, 0, 0), (255, 255, 255)
+    found = degradation_torch.colour(torch.from_numpy(rgb).permute(2, 0, 1), "hue", amount).permute(1, 2, 0)
+    for place in np.ndindex(6, 7):
+        h, s, v = colorsys.rgb_to_hsv(*(rgb[place] / 255))
+        expected = 255 * np.array(colorsys.hsv_to_rgb((h + amount) % 1, s, v))
+        np.testing.assert_allclose(found[place], expected, atol=0.01)
+
+
+@pytest.mark.parametrize("amount", [0.0, 0.5, 1.0, 1.5])
+def test_brightness_contrast_and_saturation_are_pillows(amount):
+    from PIL import Image, ImageEnhance
+
+    image = picture()
+    x = torch.from_numpy(image).permute(2, 0, 1).float()
+    for kind, enhance in (
+        ("brightness", ImageEnhance.Brightness),
+        ("contrast", ImageEnhance.Contrast),
+        ("saturation", ImageEnhance.Color),
+    ):
+        expected = np.asarray(enhance(Image.fromarray(image)).enhance(amount)).astype(float)
+        found = degradation_torch.colour(x, kind, amount).permute(1, 2, 0).numpy()
+        assert np.abs(found - expected).max() < 2, kind
+    shifted = degradation_torch.colour(x, "shift", [-300.0, 0.0, 10.0])
+    assert shifted[0].max() == 0 and torch.equal(shifted[1], x[1]) and shifted.max() <= 255
+    gray = degradation_torch.colour(x, "gray", None).permute(1, 2, 0).numpy()
+    assert np.ptp(gray, axis=-1).max() == 0
+    assert np.abs(gray[..., 0] - np.asarray(Image.fromarray(image).convert("L"))).max() <= 1
+
+
+def test_colours_are_changed_as_often_as_asked_and_alike_on_either_side():
+    drawn = [draw(np.random.default_rng(seed), PRESETS["gfpgan"]) for seed in range(600)]
+    kinds = [[kind for kind, _ in d.get("colours", ())] for d in drawn]
+    assert 0.25 < np.mean(["shift" in k for k in kinds]) < 0.35 and 0.25 < np.mean(["hue" in k for k in kinds]) < 0.35
+    assert 0 < np.mean(["gray" in k for k in kinds]) < 0.03 and not any(d.get("gray_original") for d in drawn)
+    assert all("colours" not in draw(np.random.default_rng(seed)) for seed in range(50))
+    assert json.loads(json.dumps(drawn)) == drawn
+    for change in (["gray", None], ["hue", 0.07], ["shift", [5.0, -9.0, 0.0]], ["contrast", 0.6]):
+        a, b = both("colour", *change)
+        np.testing.assert_allclose(a, b, atol=1e-3)
