@@ -89,7 +89,11 @@ def fail_at(trainer, step, error):
 # ---- exact resume
 
 
-@pytest.mark.parametrize("options", [{}, CRITIC, dict(accumulate=2)], ids=["plain", "critic", "accumulated"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, CRITIC, dict(accumulate=2), dict(precision="bf16", jitter=0.05)],
+    ids=["plain", "critic", "accumulated", "bf16 and jitter"],
+)
 def test_killed_at_any_step_and_resumed_ends_alike(folder, tmp_path, options):
     whole = Trainer("vae", config(folder, tmp_path / "whole", **options))
     whole.fit()
