@@ -44,8 +44,12 @@ SHARD = 15 << 20
 # The flow learns a few latents by heart: it gets more degradations of each face than it can visit many times.
 STAGES = {
     "vae": ("demo-vae", 0.32, {"batch_size": 32, "crop": 256, "workers": 8, "ema_decay": 0.999}),
-    "posterior-mean": ("demo-posterior-mean", 0.34, {"batch_size": 16, "workers": 14, "ema_decay": 0.999}),
-    "flow": ("demo-flow", 0.34, {"batch_size": 64, "cache": 16, "workers": 14, "ema_decay": 0.999}),
+    "posterior-mean": (
+        "demo-posterior-mean",
+        0.34,
+        {"batch_size": 16, "workers": 14, "ema_decay": 0.999, "jitter": 0.03},
+    ),
+    "flow": ("demo-flow", 0.34, {"batch_size": 64, "cache": 16, "workers": 14, "ema_decay": 0.999, "jitter": 0.03}),
 }
 
 
