@@ -20,7 +20,8 @@ def describe(device: str) -> dict:
         "threads": torch.get_num_threads(),
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: installed(name) for name in PACKAGES if installed(name)},
+        # PyTorch's own word says which build it is; its metadata may not.
+        "versions": {name: installed(name) for name in PACKAGES if installed(name)} | {"torch": torch.__version__},
         "commit": commit(),
         "environment": {k: v for k, v in sorted(os.environ.items()) if k.startswith(("LPMRF_", "OMP_", "THP_"))},
     }

@@ -306,10 +306,13 @@ def _kind(path: Path) -> str | None:
         return "index"
     try:
         with open(path, "rb") as file:
-            start = file.read(9)
+            start, size = file.read(9), os.fstat(file.fileno()).st_size
     except OSError as error:
         raise _unreadable(path, error) from error
-    if start[:2] == b"PK" or start[:1] == b"\x80":
+    # First: the length of a header, which a safetensors file begins with, may look like a pickle's or a zip's mark.
+    if start[8:] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+        return "safetensors"
+    if start[:4] == b"PK\x03\x04" or start[:2] in (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"):
         return "pickle"
     if start[8:] == b"{" or path.suffix == ".safetensors":
         return "safetensors"

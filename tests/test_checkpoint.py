@@ -231,6 +231,20 @@ class Payload:
         return open, (str(self.path), "w")
 
 
+@pytest.mark.parametrize("mark", [b"\x80\x02", b"\x80\x04", b"PK"], ids=["pickle 2", "pickle 4", "zip"])
+def test_a_header_whose_length_looks_like_a_pickles_mark(tmp_path, mark):
+    """Its length is the first thing in a safetensors file: any two bytes, and never a zip's four."""
+    path, tensors = tmp_path / "w.safetensors", {"x": torch.arange(5.0)}
+    wanted = int.from_bytes(mark, "little") + (0x10000 if mark == b"PK" else 0)
+    save_file(tensors, path, {"pad": ""})
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header = whole[8 : 8 + length] + b" " * (wanted - length)
+    path.write_bytes(wanted.to_bytes(8, "little") + header + whole[8 + length :])
+    assert path.read_bytes()[:2] == mark
+    assert torch.equal(checkpoint.read_weights(path)["x"], tensors["x"])
+
+
 def test_pickles_never_run_code(golden, tmp_path):
     vae = golden("sim_vae_layer_norm").network(models.SimVAE)
     evidence = tmp_path / "evidence"

@@ -256,7 +256,7 @@ def test_pmrf_stage(folder, trained, tmp_path):
     model = {"preset": "hdit-s", "widths": [16, 32], "depths": [1, 1], "mapping_width": 16, "dropout_rate": [0, 0]}
     model["self_attns"] = [{"type": "neighborhood", "d_head": 8}, {"type": "global", "d_head": 8}]
     options = dict(
-        model=model, steps=40, batch_size=4, noise_std=0.1, time_sampling="stratified", grad_clip=float("inf")
+        model=model, steps=80, batch_size=4, noise_std=0.1, time_sampling="stratified", grad_clip=float("inf")
     )
     trainer = Trainer("flow", config(folder, tmp_path / "run", posterior_mean=str(tmp_path / "swinir.pth"), **options))
     trainer.fit()
