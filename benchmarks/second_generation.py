@@ -49,7 +49,7 @@ STAGES = {
         0.34,
         {"batch_size": 16, "workers": 14, "ema_decay": 0.999, "jitter": 0.03},
     ),
-    "flow": ("demo-flow", 0.34, {"batch_size": 64, "cache": 16, "workers": 14, "ema_decay": 0.999, "jitter": 0.03}),
+    "flow": ("demo-flow", 0.34, {"batch_size": 64, "cache": 16, "workers": 14, "ema_decay": 0.999}),
 }
 
 
