@@ -67,7 +67,8 @@ def check_values(tensors, groups, assert_error_within, act="silu", eps=1e-6):
     if x.numel():
         x64, w64, b64 = widened(tensors)
         exact = composition(x64, groups, w64, b64, eps, act)
-        floor = torch.finfo(x.dtype).eps * exact.abs().max().item()
+        # One rounding of what goes into the activation, which may be much more than what comes out.
+        floor = torch.finfo(x.dtype).eps * composition(x64, groups, w64, b64, eps, "none").abs().max().item()
         assert_error_within(out, exact, composition(x, groups, weight, bias, eps, act), 2.0, floor)
 
 
