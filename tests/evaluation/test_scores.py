@@ -148,7 +148,10 @@ def test_several_sizes_skip_the_sliced_distance_alone(folders):
     assert report.skipped["SWD"] == "the faces have several sizes" and len(report.faces["restored"]) == 4
 
 
-def test_set_distances_see_features_of_both_sets(folders, monkeypatch):
+@pytest.fixture
+def colour_means(folders, monkeypatch):
+    """Files of feature networks that answer with the mean colour."""
+
     class Means(torch.nn.Module):
         def forward(self, x):
             return x.mean((2, 3))
@@ -156,27 +159,23 @@ def test_set_distances_see_features_of_both_sets(folders, monkeypatch):
     monkeypatch.setattr(networks, "Inception", lambda path: Means())
     monkeypatch.setattr(networks, "DINOv2", lambda path: Means())
     Path("weights").write_bytes(b"")
-    report = evaluate("restored", "originals", "degraded", Files(inception="weights", dinov2="weights"))
+    return Files(inception="weights", dinov2="weights")
+
+
+def test_set_distances_see_features_of_both_sets(colour_means):
+    report = evaluate("restored", "originals", "degraded", colour_means)
     for name in ("FID", "MMD"):
         assert 0 <= report.scores["restored"][name] < report.scores["degraded"][name]
     assert "FID, KID x1000: against the 3 originals" in str(report)
 
 
-def test_real_faces_stand_in_for_originals_that_nobody_has(folders, monkeypatch, run):
-    class Means(torch.nn.Module):
-        def forward(self, x):
-            return x.mean((2, 3))
-
-    monkeypatch.setattr(networks, "Inception", lambda path: Means())
-    monkeypatch.setattr(networks, "DINOv2", lambda path: Means())
-    Path("weights").write_bytes(b"")
-    files = Files(inception="weights", dinov2="weights")
+def test_real_faces_stand_in_for_originals_that_nobody_has(colour_means, run):
     Path("real/more").mkdir(parents=True)
     for i, stem in enumerate("abc"):  # the same faces, by other names, of another size and in a folder below
         with Image.open(f"originals/{stem}.png") as image:
             image.resize((64, 64), Image.Resampling.NEAREST).save(f"real/more/face{i}.png")
-    paired = evaluate("restored", "originals", "degraded", files)
-    report = evaluate("restored", degraded="degraded", files=files, real="real", sheet="sheet.png")
+    paired = evaluate("restored", "originals", "degraded", colour_means)
+    report = evaluate("restored", degraded="degraded", files=colour_means, real="real", sheet="sheet.png")
     for name in ("FID", "KID x1000", "MMD"):
         for which in ("restored", "degraded"):
             assert report.scores[which][name] == pytest.approx(paired.scores[which][name], rel=1e-5, abs=1e-6)
@@ -185,7 +184,7 @@ def test_real_faces_stand_in_for_originals_that_nobody_has(folders, monkeypatch,
     with Image.open("sheet.png") as sheet:
         assert sheet.width == 512  # two columns: there is no original
     Path("real/wrong.png").write_bytes(b"no picture")
-    report = evaluate("restored", "originals", files=files, real="real")
+    report = evaluate("restored", "originals", files=colour_means, real="real")
     assert "wrong.png" in report.problems[0] and "against 3 real faces" in str(report) and "PSNR dB" in report.better
     status, out, err = run("restored", "--real", "real", "--inception", "weights", "--out", "s.json")
     assert (
